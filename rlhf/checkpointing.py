@@ -1,0 +1,45 @@
+"""Writing folders that are either whole or absent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def require_new(folder: str | Path) -> Path:
+    """The path, or FileExistsError when something is already there."""
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder}: exists already; choose another --output or remove it")
+    return folder
+
+
+@contextmanager
+def publishing(folder: str | Path) -> Iterator[Path]:
+    """A temporary sibling to write into, renamed to ``folder`` when the block ends well and removed when it does not.
+
+    A process killed in between leaves only the hidden sibling ``.NAME.partial-PID``, never a ``folder`` that looks
+    finished. Raises FileExistsError when ``folder`` exists already.
+    """
+    folder = require_new(folder)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
+    """Publish an ordinary checkpoint folder, as ``from_pretrained`` and soupkit read it, with the tokenizer."""
+    with publishing(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return Path(folder)

@@ -1,0 +1,85 @@
+"""What a policy is worth on held-out prompts: rewards, distance from other models, entropy, length."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf import kl
+from rlhf.metrics import Estimate, mean_estimate, ratio_estimate
+from rlhf.models import response_log_distributions
+from rlhf.reference import Reference
+from rlhf.rewards import Reward
+from rlhf.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Estimates over the responses of one rollout.
+
+    rewards          by name; in the reward's own units, mean over responses
+    kl               by name of the other model; exact KL(policy ‖ other), nats per response, mean over responses
+    entropy          exact, nats per token, mean over all response tokens
+    response_length  tokens per response, end-of-sequence included
+    """
+
+    rewards: dict[str, Estimate]
+    kl: dict[str, Estimate]
+    entropy: Estimate
+    response_length: Estimate
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
+        """The inverse of ``dataclasses.asdict`` followed by JSON, which turns estimates into lists."""
+        return cls(
+            rewards={name: Estimate(*pair) for name, pair in values["rewards"].items()},
+            kl={name: Estimate(*pair) for name, pair in values["kl"].items()},
+            entropy=Estimate(*values["entropy"]),
+            response_length=Estimate(*values["response_length"]),
+        )
+
+
+@torch.no_grad()
+def kl_and_entropy(
+    policy: PreTrainedModel,
+    rollout: Rollout,
+    others: Mapping[str, Reference],
+    *,
+    temperature: float = 1.0,
+    batch_size: int | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Exact KL to every other model and entropy, both summed over each response. → {name: [B]}, [B] nats"""
+    divergences: dict[str, list[Tensor]] = defaultdict(list)
+    entropies = []
+    for part in rollout.split(batch_size):
+        log_distributions = response_log_distributions(policy, part, temperature)
+        entropies.append(kl.per_response(kl.entropy(log_distributions), part.response_mask))
+        for name, other in others.items():
+            divergence = kl.exact(log_distributions, other.log_distributions(part, temperature))
+            divergences[name].append(kl.per_response(divergence, part.response_mask))
+    return {name: torch.cat(parts) for name, parts in divergences.items()}, torch.cat(entropies)
+
+
+def evaluate(
+    policy: PreTrainedModel,
+    rollout: Rollout,
+    rewards: Mapping[str, Reward],
+    others: Mapping[str, Reference],
+    *,
+    temperature: float = 1.0,
+    batch_size: int | None = None,
+) -> Evaluation:
+    """Measure a rollout of ``policy``: every reward, the KL to every other model, entropy and length."""
+    divergences, entropies = kl_and_entropy(policy, rollout, others, temperature=temperature, batch_size=batch_size)
+    return Evaluation(
+        rewards={name: mean_estimate(reward(rollout)) for name, reward in rewards.items()},
+        kl={name: mean_estimate(values) for name, values in divergences.items()},
+        entropy=ratio_estimate(entropies, rollout.response_lengths),
+        response_length=mean_estimate(rollout.response_lengths),
+    )

@@ -1,0 +1,90 @@
+"""Numbers with standard errors, and the files and tables they go to."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Estimate(NamedTuple):
+    """A mean and its standard error."""
+
+    mean: float
+    stderr: float
+
+
+def mean_estimate(values: Tensor) -> Estimate:
+    """Mean of n independent values and s / √n, s² with denominator n − 1 (NaN for n = 1). [n] → Estimate"""
+    values = values.double()
+    error = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(torch.nan)
+    return Estimate(float(values.mean()), float(error))
+
+
+def ratio_estimate(numerators: Tensor, denominators: Tensor) -> Estimate:
+    """Σ a / Σ b over n independent pairs, such as a sum over all tokens per token. [n], [n] → Estimate
+
+    The standard error is the linearised one: √(Σ (a_i − m·b_i)² / (n − 1) / n) / mean b, m the ratio.
+    """
+    numerators, denominators = numerators.double(), denominators.double()
+    ratio = numerators.sum() / denominators.sum()
+    residuals = mean_estimate(numerators - ratio * denominators)
+    return Estimate(float(ratio), float(residuals.stderr / denominators.mean()))
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 − var(returns − values) / var(returns): 1 for a perfect value model, 0 for a constant. [n], [n]"""
+    return float(1 - (returns - values).var() / returns.var())
+
+
+def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one JSON object as a line, and make sure that it is on disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """All objects of a JSON Lines file; an unfinished last line, as a kill leaves it, is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace a JSON Lines file in one step."""
+    _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a JSON file in one step."""
+    _replace(path, json.dumps(value, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has used: allocated on a CUDA device, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as aligned text: first column to the left, others to the right, a rule under the first row."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,0 +1,213 @@
+"""Loading models and tokenizers, and reading distributions and values off them.
+
+Every forward here passes ``position_ids`` counted from the first real token, so that left padding changes nothing, and
+computes the language-model head at response positions only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf.data import TokenBatch
+
+
+def _require_checkpoint(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; expected a checkpoint folder with config.json and *.safetensors"
+        )
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no config.json; expected a checkpoint folder as save_pretrained writes it")
+    return folder
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, so that a training-mode forward equals the one that sampled (ratio 1)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def load_causal_lm(
+    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A language model from a checkpoint folder, in eval mode and without dropout."""
+    model = AutoModelForCausalLM.from_pretrained(_require_checkpoint(folder), dtype=dtype)
+    disable_dropout(model)
+    return model.eval().to(torch.device(device))
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, padding on the left; the end-of-sequence token pads where no pad token is set.
+
+    Masks never come from comparing ids with the pad id, so pad = eos is safe.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(_require_checkpoint(folder))
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{folder}: its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def require_same_tokenizer(first: str | Path, second: str | Path) -> None:
+    """Raise ValueError unless both folders give every token the same id, and the same end-of-sequence token.
+
+    A KL between models that number their tokens differently is meaningless. A folder without tokenizer files is
+    compared by vocabulary size alone.
+    """
+    sizes = [AutoConfig.from_pretrained(_require_checkpoint(f)).vocab_size for f in (first, second)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{second}: vocabulary of {sizes[1]} tokens, but {first} has {sizes[0]}; use models of one family"
+        )
+    if not all((Path(f) / "tokenizer_config.json").is_file() for f in (first, second)):
+        return
+    one, two = load_tokenizer(first), load_tokenizer(second)
+    vocabularies = one.get_vocab(), two.get_vocab()
+    if vocabularies[0] != vocabularies[1]:
+        differing = sorted(
+            t for t in {**vocabularies[0], **vocabularies[1]} if vocabularies[0].get(t) != vocabularies[1].get(t)
+        )
+        raise ValueError(
+            f"{second}: its tokenizer differs from that of {first} in {len(differing)} tokens (first: "
+            f"{differing[:3]}); "
+            "use models with one tokenizer"
+        )
+    if one.eos_token_id != two.eos_token_id:
+        raise ValueError(
+            f"{second}: end-of-sequence token {two.eos_token!r}, but {first} has {one.eos_token!r}; use models "
+            "with one tokenizer"
+        )
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions counted from each row's first real token; 0 on left padding. [B, S] bool → [B, S] long"""
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def response_log_distributions(model: nn.Module, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) at the positions that predict the response tokens. → [B, T, V] float32
+
+    The position before a token predicts it: logits of the last T + 1 positions, without the last.
+    """
+    num_response = batch.response_mask.shape[1]
+    logits = model(
+        input_ids=batch.tokens,
+        attention_mask=batch.attention_mask.long(),
+        position_ids=position_ids(batch.attention_mask),
+        logits_to_keep=num_response + 1,
+        use_cache=False,
+    ).logits
+    return torch.log_softmax(logits[:, :-1].float() / temperature, dim=-1)
+
+
+def gather_logprobs(log_distributions: Tensor, tokens: Tensor) -> Tensor:
+    """log π(y_t|s_t) of the given tokens. [B, T, V], [B, T] → [B, T]"""
+    return log_distributions.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+class ScalarHeadModel(nn.Module):
+    """A transformer with one scalar per position: reward model (read at the last token) and value model (read
+    everywhere).
+
+    It wraps an ``AutoModelForSequenceClassification`` with one label and runs body and head itself, because that
+    class's own forward finds the last token by comparing ids with the pad id, which fails when pad = eos.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def body(self) -> nn.Module:
+        """The transformer without its head."""
+        return self.model.base_model
+
+    @property
+    def head(self) -> nn.Linear:
+        """The linear map from the hidden state to the scalar."""
+        return cast(nn.Linear, self.model.score)
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """One scalar per position. [B, S], [B, S] → [B, S] float32"""
+        hidden = self.body(
+            input_ids=tokens,
+            attention_mask=attention_mask.long(),
+            position_ids=position_ids(attention_mask),
+            use_cache=False,
+        ).last_hidden_state
+        return self.head(hidden).squeeze(-1).float()
+
+
+def load_scalar_head_model(
+    folder: str | Path, *, device: str | torch.device = "cpu", zero_head: bool = False
+) -> ScalarHeadModel:
+    """A scalar-head model from a reward-model folder, or from a language model's body with a new head.
+
+    ``zero_head`` starts the head at 0, so that every value is 0 before training (Ziegler et al. 2019); otherwise a head
+    that the folder lacks is drawn from N(0, 1/(d+1)) (Stiennon et al. 2020), d the hidden size.
+    """
+    folder = _require_checkpoint(folder)
+    config = AutoConfig.from_pretrained(folder)
+    has_head = any("SequenceClassification" in name for name in config.architectures or [])
+    if has_head and config.num_labels != 1:
+        raise ValueError(
+            f"{folder}: {config.num_labels} labels, but a reward model has 1; train it with rlhf.reward_model"
+        )
+    config.num_labels = 1
+    with _quiet_loading(has_head):
+        model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ValueError(
+            f"{folder}: {type(model).__name__} has no linear head named score; use a decoder-only language model"
+        )
+    if zero_head:
+        nn.init.zeros_(model.score.weight)
+    elif not has_head:
+        nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
+    disable_dropout(model)
+    return ScalarHeadModel(model.to(device)).eval()
+
+
+def response_values(model: ScalarHeadModel, batch: TokenBatch) -> Tensor:
+    """V(s_t) at the positions that predict the response tokens, the same slice as the log-probabilities. → [B, T]"""
+    num_prompt = batch.num_prompt_tokens
+    return model(batch.tokens, batch.attention_mask)[:, num_prompt - 1 : -1]
+
+
+class _quiet_loading:
+    """Silence transformers' report of a newly initialised head, which is what is wanted here."""
+
+    def __init__(self, has_head: bool) -> None:
+        self.has_head = has_head
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self.verbosity = logging.get_verbosity()
+        if not self.has_head:
+            logging.set_verbosity_error()
+
+    def __exit__(self, *exception: Any) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self.verbosity)

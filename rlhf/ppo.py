@@ -1,0 +1,546 @@
+"""PPO whose KL reference is a soup of supervised-fine-tuned models (SALSA, arXiv 2411.01798), told top to bottom.
+
+    python -m rlhf.ppo                                          # the built-in task: minutes on two cores, nothing to
+    download python -m rlhf.ppo --policy sft1 --reference sft1 sft2 --reward reward --prompts prompts.jsonl --output run
+
+One update: sample responses, score them, measure the KL to the reference, turn both into token rewards, estimate
+advantages, then train policy and value model on minibatches. With one folder the reference is a plain model, with
+several their average.
+
+Departures from the PPO of Ziegler et al. 2019 (arXiv 1909.08593) and Stiennon et al. 2020 (arXiv 2009.01325):
+
+- Responses end at the end-of-sequence token instead of having a fixed length; tokens after it do not exist, and the
+  score
+  belongs to the last token that does. Prompts are padded on the left, and masked, never compared with the pad id.
+- A response that does not end has ``missing_eos_penalty`` subtracted from its score, not its score replaced.
+- The old log-probabilities come from a forward pass over the finished responses, the same computation as in training,
+  so that
+  the first ratio is 1; those captured while sampling are compared with it (``sampling_gap``).
+- Token rewards are whitened only on request, advantages once per batch, with the biased variance.
+- Policy and value model are separate networks with their own AdamW, so there is no value coefficient; gradients are
+  clipped.
+- Every loss is a mean over the response tokens of a minibatch (Σ over tokens / their number), whatever their lengths.
+
+A run folder holds ``config.yaml``, ``metrics.jsonl`` (one object an update), ``timings.jsonl``, ``samples.jsonl``,
+``policy/``, ``reference/soup.json``, ``checkpoints/``, ``figures/`` and ``summary.json``.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf import kl
+from rlhf.config import PPOConfig, parse_config, read_settings, run_command
+from rlhf.data import Prompt, load_prompts
+from rlhf.evaluation import Evaluation, evaluate
+from rlhf.masking import masked_mean, masked_sum, masked_whiten
+from rlhf.metrics import Estimate, explained_variance, mean_estimate, peak_memory_bytes, ratio_estimate, table
+from rlhf.models import (
+    ScalarHeadModel,
+    gather_logprobs,
+    load_causal_lm,
+    load_scalar_head_model,
+    load_tokenizer,
+    require_same_tokenizer,
+    response_log_distributions,
+    response_values,
+)
+from rlhf.randomness import generator, shuffled_batch
+from rlhf.reference import ModelReference, describe_reference, load_reference
+from rlhf.rewards import Reward, load_reward
+from rlhf.rollout import Rollout, sample
+from rlhf.run_folder import Progress, RunFolder, Trainables
+
+# ── The maths ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# B responses, T response tokens; a mask is True on tokens that count.
+
+
+def token_rewards(scores: Tensor, token_kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """−β·KL_t at every response token, plus the score at the last; 0 outside the mask. [B], [B, T], [B, T] → [B, T]"""
+    rewards = torch.where(mask, -kl_coef * token_kl, 0.0)
+    last = mask.long().sum(dim=1, keepdim=True) - 1
+    return rewards.scatter_add(1, last, scores[:, None])
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438). [B, T] each → advantages, returns [B,
+    T]
+
+    δ_t = r_t + γ V_{t+1} − V_t;  A_t = δ_t + γλ A_{t+1};  R_t = A_t + V_t
+
+    V and A are 0 after the last response token: a response is an episode and nothing follows it. Results are 0 outside
+    the mask.
+    """
+    rewards, values = rewards.where(mask, 0.0), values.where(mask, 0.0)
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = (delta + gamma * gae_lambda * next_advantage).where(mask[:, t], 0.0)
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages, advantages + values
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+    """Clipped surrogate (Schulman et al. 2017, arXiv 1707.06347) per token. [B, T] each → loss [B, T], clipped [B, T]
+    bool
+
+    ratio = π/π_old;  loss = −min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A). ``clipped`` marks tokens whose gradient is
+    cut.
+    """
+    ratio = torch.exp(logprobs - old_logprobs)
+    unclipped = -ratio * advantages
+    clipped = -ratio.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages
+    return torch.maximum(unclipped, clipped), clipped > unclipped
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+    """Clipped squared error per token. [B, T] each → loss [B, T], clipped [B, T] bool
+
+    V_clip = V_old + clip(V − V_old, −ε, ε);  loss = ½ max((V − R)², (V_clip − R)²).
+    """
+    unclipped = (values - returns) ** 2
+    clipped = (old_values + (values - old_values).clamp(-clip_range, clip_range) - returns) ** 2
+    return 0.5 * torch.maximum(unclipped, clipped), clipped > unclipped
+
+
+def learning_rate_factor(update: int, config: PPOConfig) -> float:
+    """Factor on the peak learning rates at ``update`` (1-based): linear rise over the warm-up, then linear fall."""
+    warmup = min(config.warmup_updates, config.updates - 1)
+    if update <= warmup:
+        return update / (warmup + 1)
+    done = (update - warmup - 1) / max(config.updates - warmup - 1, 1)
+    return 1.0 - done * (1.0 - config.final_lr_fraction)
+
+
+# ── What a run holds ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Run:
+    """Everything that training uses, loaded and checked against each other."""
+
+    config: PPOConfig
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    policy: PreTrainedModel
+    value_model: ScalarHeadModel
+    reference: ModelReference
+    tracked: dict[str, ModelReference]
+    rewards: dict[str, Reward]
+    prompts: list[Prompt]
+    test_prompts: list[Prompt]
+    policy_optimizer: torch.optim.Optimizer
+    value_optimizer: torch.optim.Optimizer
+    kl_controller: kl.FixedKL
+
+    @property
+    def trainables(self) -> Trainables:
+        """What training changes."""
+        return Trainables(self.policy, self.value_model, self.policy_optimizer, self.value_optimizer)
+
+    @property
+    def forward_batch_size(self) -> int:
+        """Episodes per forward pass, in training and in scoring alike."""
+        return self.config.micro_batch_size or self.config.minibatch_size
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One batch of episodes with all that the losses need. Tensors are [B, T]."""
+
+    rollout: Rollout
+    logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def rows(self, indices: Tensor) -> Experience:
+        """The given episodes."""
+        tensors = (self.logprobs, self.values, self.advantages, self.returns)
+        return Experience(self.rollout.rows(indices), *(tensor[indices] for tensor in tensors))
+
+
+def names_of(folders: Sequence[str]) -> dict[str, str]:
+    """Short names for folders, {name: folder}: the last path component, more of the path where that is ambiguous."""
+    unique = {str(Path(folder).resolve()): folder for folder in folders}
+    parts = [Path(resolved).parts for resolved in unique]
+    depth = 1
+    while len({p[-depth:] for p in parts}) < len(parts):
+        depth += 1
+    return {"/".join(p[-depth:]): folder for p, folder in zip(parts, unique.values(), strict=True)}
+
+
+def split_test_prompts(prompts: list[Prompt], config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """A random tenth of the prompts (at least one) set aside as test prompts. → training prompts, test prompts"""
+    if len(prompts) < 2:
+        raise ValueError(f"{config.prompts}: one prompt cannot be split; add prompts, or give --test_prompts")
+    order = torch.randperm(len(prompts), generator=generator(config.seed, "test prompts")).tolist()
+    num_test = max(1, len(prompts) // 10)
+    return [prompts[i] for i in order[num_test:]], [prompts[i] for i in order[:num_test]]
+
+
+def set_up(config: PPOConfig) -> Run:
+    """Check and load everything a run needs; ValueError or FileNotFoundError names what does not fit."""
+    policy_folder, reward = config.policy, config.reward
+    if policy_folder is None or reward is None or config.prompts is None:
+        raise ValueError(
+            "--policy, --reward and --prompts belong together; give all three, or none for the built-in task"
+        )
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f"{accelerator.num_processes} processes: rlhf.ppo runs in one; start it without accelerate launch"
+        )
+    device = accelerator.device
+    for folder in [*config.reference, *config.track_kl]:
+        require_same_tokenizer(policy_folder, folder)
+    tokenizer = load_tokenizer(policy_folder)
+    policy = load_causal_lm(policy_folder, device=device)
+    context = getattr(policy.config, "max_position_embeddings", None)
+    room = None if context is None else context - config.max_new_tokens
+    prompts = load_prompts(config.prompts, tokenizer, room)
+    if config.test_prompts:
+        test_prompts = load_prompts(config.test_prompts, tokenizer, room)
+    else:
+        prompts, test_prompts = split_test_prompts(prompts, config)
+
+    forward_batch_size = config.micro_batch_size or config.minibatch_size
+    specs = {"proxy_reward": reward, **({"gold_reward": config.gold_reward} if config.gold_reward else {})}
+    rewards = {
+        name: load_reward(spec, policy=policy_folder, device=device, batch_size=forward_batch_size)
+        for name, spec in specs.items()
+    }
+    reference = load_reference(*reference_of(config), device=device)
+    tracked = {name: load_reference([folder], device=device) for name, folder in names_of(config.track_kl).items()}
+    value_model = load_scalar_head_model(value_start(config), device=device, zero_head=True)
+    betas = (config.adam_beta1, config.adam_beta2)
+    return Run(
+        config=config,
+        device=device,
+        tokenizer=tokenizer,
+        policy=policy,
+        value_model=value_model,
+        reference=reference,
+        tracked=tracked,
+        rewards=rewards,
+        prompts=prompts,
+        test_prompts=test_prompts,
+        policy_optimizer=torch.optim.AdamW(policy.parameters(), betas=betas, eps=config.adam_eps, weight_decay=0.0),
+        value_optimizer=torch.optim.AdamW(value_model.parameters(), betas=betas, eps=config.adam_eps, weight_decay=0.0),
+        kl_controller=(
+            kl.FixedKL(config.kl_coef)
+            if config.kl_target is None
+            else kl.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+        ),
+    )
+
+
+def reference_of(config: PPOConfig) -> tuple[list[str], list[float] | None]:
+    """Folders and weights of the reference: the policy's own folder where none is named, None for uniform weights."""
+    return config.reference or [str(config.policy)], config.reference_weights or None
+
+
+def value_start(config: PPOConfig) -> str:
+    """The folder whose body the value model starts from, by ``value_init``; its head starts at 0."""
+    assert config.policy is not None
+    assert config.reward is not None
+    if config.value_init == "policy":
+        return config.policy
+    if Path(config.reward).is_dir():
+        return config.reward
+    if config.value_init == "reward":
+        raise ValueError(f"value_init=reward, but {config.reward} is no reward-model folder; use value_init=policy")
+    return config.policy
+
+
+# ── One update ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def roll_out(run: Run, prompts: list[Prompt], purpose: str, index: int = 0, progress: str | None = None) -> Rollout:
+    """One response of the policy to each prompt; the random numbers depend on seed, purpose and index alone."""
+    return sample(
+        run.policy,
+        run.tokenizer,
+        prompts,
+        max_new_tokens=run.config.max_new_tokens,
+        temperature=run.config.temperature,
+        generator=generator(run.config.seed, purpose, index),
+        batch_size=run.config.batch_size,
+        progress=progress,
+    )
+
+
+@torch.no_grad()
+def collect(run: Run, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
+    """Score a rollout, measure its KL to the reference, estimate advantages; also returns the batch's metrics."""
+    config, mask = run.config, rollout.response_mask
+    scores = {name: reward(rollout) for name, reward in run.rewards.items()}
+    penalised = scores["proxy_reward"] - config.missing_eos_penalty * (~rollout.finished).float()
+
+    parts: list[tuple[Tensor, ...]] = []
+    exact_kl: dict[str, list[Tensor]] = {name: [] for name in ("reference", *run.tracked)}
+    for part in rollout.split(run.forward_batch_size):
+        log_distributions = response_log_distributions(run.policy, part, config.temperature)
+        ref_log_distributions = run.reference.log_distributions(part, config.temperature)
+        tokens = part.response_tokens
+        parts.append(
+            (
+                gather_logprobs(log_distributions, tokens),
+                gather_logprobs(ref_log_distributions, tokens),
+                kl.entropy(log_distributions),
+                response_values(run.value_model, part),
+            )
+        )
+        exact_kl["reference"].append(kl.exact(log_distributions, ref_log_distributions))
+        for name, other in run.tracked.items():
+            exact_kl[name].append(kl.exact(log_distributions, other.log_distributions(part, config.temperature)))
+    logprobs, ref_logprobs, entropy, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+    token_kl = kl.k1(logprobs, ref_logprobs)
+    rewards = token_rewards(penalised, token_kl, mask, run.kl_controller.coef)
+    if config.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False)
+    advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
+
+    divergences = {name: mean_estimate(kl.per_response(torch.cat(kls), mask)) for name, kls in exact_kl.items()}
+    estimates = {name: mean_estimate(values) for name, values in scores.items()}
+    estimates |= {f"kl/{name}": estimate for name, estimate in divergences.items()}
+    estimates["kl_k1/reference"] = mean_estimate(kl.per_response(token_kl, mask))
+    estimates["entropy"] = ratio_estimate(kl.per_response(entropy, mask), rollout.response_lengths)
+    estimates["response_length"] = mean_estimate(rollout.response_lengths)
+    metrics: dict[str, float] = {}
+    for name, estimate in estimates.items():
+        metrics |= {name: estimate.mean, f"{name}_stderr": estimate.stderr}
+    metrics |= {
+        "kl_coef": run.kl_controller.coef,
+        "objective": float((penalised - run.kl_controller.coef * kl.per_response(token_kl, mask)).mean()),
+        "eos_rate": float(rollout.finished.float().mean()),
+        "sampling_gap": float((logprobs - rollout.logprobs).where(mask, 0.0).abs().max()),
+        "explained_variance": explained_variance(values[mask], returns[mask]),
+        "value_mean": float(masked_mean(values, mask)),
+        "return_mean": float(masked_mean(returns, mask)),
+    }
+    if config.whiten_advantages:
+        advantages = masked_whiten(advantages, mask)
+    return Experience(rollout, logprobs, values, advantages, returns), metrics
+
+
+def optimise(run: Run, experience: Experience, update: int) -> dict[str, float]:
+    """``ppo_epochs`` passes of minibatch steps on policy and value model. Returns means over the optimizer steps."""
+    config = run.config
+    factor = learning_rate_factor(update, config)
+    learning_rates = (
+        (run.policy_optimizer, config.learning_rate * factor),
+        (run.value_optimizer, config.value_learning_rate * factor),
+    )
+    for optimizer, learning_rate in learning_rates:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+    shuffle = generator(config.seed, "minibatches", update)
+    steps = [
+        minibatch_step(run, experience.rows(indices))
+        for _ in range(config.ppo_epochs)
+        for indices in torch.randperm(len(experience.rollout), generator=shuffle).split(config.minibatch_size)
+    ]
+    metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    metrics["ratio_deviation_first"] = steps[0]["ratio_deviation"]
+    metrics["learning_rate"] = config.learning_rate * factor
+    metrics["optimizer_steps"] = len(steps)
+    return metrics
+
+
+def minibatch_step(run: Run, minibatch: Experience) -> dict[str, float]:
+    """One optimizer step on the losses of a minibatch, Σ over response tokens / their number.
+
+    Gradients accumulate over micro-batches, all divided by the minibatch's number of tokens.
+    """
+    config = run.config
+    num_tokens = int(minibatch.rollout.response_mask.sum())
+    sums: dict[str, float] = {}
+    ratio_deviation = 0.0
+    for indices in torch.arange(len(minibatch.rollout)).split(run.forward_batch_size):
+        part = minibatch.rows(indices)
+        mask, tokens = part.rollout.response_mask, part.rollout.response_tokens
+        logprobs = gather_logprobs(response_log_distributions(run.policy, part.rollout, config.temperature), tokens)
+        token_losses, clipped = policy_loss(logprobs, part.logprobs, part.advantages, config.clip_range)
+        (masked_sum(token_losses, mask) / num_tokens).backward()
+        values = response_values(run.value_model, part.rollout)
+        token_value_losses, value_clipped = value_loss(values, part.values, part.returns, config.clip_range_value)
+        (masked_sum(token_value_losses, mask) / num_tokens).backward()
+
+        with torch.no_grad():
+            log_ratio = logprobs - part.logprobs
+            ratio_deviation = max(ratio_deviation, float(torch.expm1(log_ratio).where(mask, 0.0).abs().max()))
+            for name, token_values in {
+                "policy_loss": token_losses,
+                "value_loss": token_value_losses,
+                "clip_fraction": clipped.float(),
+                "value_clip_fraction": value_clipped.float(),
+                # KL(old ‖ new) by k3, on the sampled tokens
+                "approx_kl": kl.k3(part.logprobs, logprobs),
+            }.items():
+                sums[name] = sums.get(name, 0.0) + float(masked_sum(token_values, mask))
+    metrics = {name: total / num_tokens for name, total in sums.items()}
+    metrics["ratio_deviation"] = ratio_deviation
+    for name, model, optimizer in (
+        ("policy", run.policy, run.policy_optimizer),
+        ("value", run.value_model, run.value_optimizer),
+    ):
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        if not norm.isfinite():
+            raise ValueError(
+                f"the gradient of the {name} model is {norm.item()}; lower its learning rate or clip_range"
+            )
+        metrics[f"grad_norm/{name}"] = float(norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return metrics
+
+
+# ── The run ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def evaluate_policy(run: Run, when: str) -> tuple[Evaluation, Rollout]:
+    """The policy on held-out prompts: rewards, exact KL to the reference, its ingredients and the start, entropy,
+    length.
+
+    Before and after training use the same prompts and the same random numbers.
+    """
+    config = run.config
+    assert config.policy is not None
+    prompts = [run.test_prompts[i % len(run.test_prompts)] for i in range(config.eval_episodes)]
+    rollout = roll_out(run, prompts, "evaluation", progress=f"evaluate {when}")
+    folders = names_of([config.policy, *config.reference, *config.track_kl])
+    others = {name: run.tracked.get(name) or load_reference([f], device=run.device) for name, f in folders.items()}
+    evaluation = evaluate(
+        run.policy,
+        rollout,
+        run.rewards,
+        {"reference": run.reference, **others},
+        temperature=config.temperature,
+        batch_size=run.forward_batch_size,
+    )
+    return evaluation, rollout
+
+
+def log_samples(run: Run, folder: RunFolder, update: int, prompts: str, rollout: Rollout) -> None:
+    """The first few responses of a rollout with their rewards, for ``samples.jsonl``."""
+    few = rollout.rows(slice(0, run.config.num_samples))
+    folder.log_samples(update, prompts, few, {name: reward(few) for name, reward in run.rewards.items()})
+
+
+def summarise(run: Run, before: Evaluation, after: Evaluation, seconds: float) -> dict[str, Any]:
+    """The content of ``summary.json``; KL by the exact estimator, in nats per response, entropy in nats per token."""
+
+    def both(first: Estimate, second: Estimate) -> dict[str, float]:
+        return {
+            "before": first.mean,
+            "before_stderr": first.stderr,
+            "after": second.mean,
+            "after_stderr": second.stderr,
+        }
+
+    rewards: dict[str, Any] = {"gold_reward": None}
+    rewards |= {name: both(before.rewards[name], after.rewards[name]) for name in run.rewards}
+    return {
+        "proxy_reward": rewards["proxy_reward"],
+        "gold_reward": rewards["gold_reward"],
+        "entropy": both(before.entropy, after.entropy),
+        "response_length": both(before.response_length, after.response_length),
+        "kl": {name: both(before.kl[name], after.kl[name]) for name in before.kl},
+        "updates": run.config.updates,
+        "episodes": run.config.updates * run.config.batch_size,
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(run.device),
+    }
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    """The summary as a table for people: before, after, and the change in standard errors of the difference."""
+    measures = {name.replace("_", " "): summary[name] for name in ("proxy_reward", "gold_reward") if summary[name]}
+    measures |= {f"KL to {name} (nats)": value for name, value in summary["kl"].items()}
+    measures |= {"entropy (nats/token)": summary["entropy"], "response length (tokens)": summary["response_length"]}
+    rows = [["held-out prompts", "before", "after", "change"]]
+    for name, m in measures.items():
+        change, error = m["after"] - m["before"], (m["before_stderr"] ** 2 + m["after_stderr"] ** 2) ** 0.5
+        cells = [f"{m[when]:.3f} ± {m[f'{when}_stderr']:.3f}" for when in ("before", "after")]
+        rows.append([name, *cells, f"{change:+.3f}" + (f" ({change / error:+.1f} SE)" if error > 0 else "")])
+    return table(rows)
+
+
+def train(config: PPOConfig) -> dict[str, Any]:
+    """Run PPO as ``config`` says, writing the run folder as it goes; returns the summary."""
+    started = time.perf_counter()
+    folder = RunFolder(config)
+    run = set_up(config)
+    progress = folder.resume(run.trainables) if config.resume else None
+    if progress is None:
+        folder.create(config, describe_reference(*reference_of(config)))
+        before, before_rollout = evaluate_policy(run, "before")
+        log_samples(run, folder, 0, "held-out", before_rollout)
+        progress = Progress(update=0, seconds=0.0, kl_coef=config.kl_coef, before=before)
+    run.kl_controller.coef = progress.kl_coef
+
+    def seconds() -> float:
+        return progress.seconds + time.perf_counter() - started
+
+    updates = range(progress.update + 1, config.updates + 1)
+    with tqdm(updates, initial=progress.update, total=config.updates, desc="ppo") as bar:
+        for update in bar:
+            start = time.perf_counter()
+            indices = shuffled_batch(len(run.prompts), config.batch_size, update - 1, config.seed).tolist()
+            rollout = roll_out(run, [run.prompts[i] for i in indices], "rollout", update)
+            sampled = time.perf_counter()
+            experience, metrics = collect(run, rollout)
+            collected = time.perf_counter()
+            metrics |= optimise(run, experience, update)
+            trained = time.perf_counter()
+
+            folder.log({"update": update, "episodes": update * config.batch_size, **metrics})
+            log_samples(run, folder, update, "training", rollout)
+            folder.log_timing(
+                update, rollout=sampled - start, scoring=collected - sampled, training=trained - collected
+            )
+            run.kl_controller.update(metrics["kl_k1/reference"], config.batch_size)
+            bar.set_postfix(reward=f"{metrics['proxy_reward']:.2f}", kl=f"{metrics['kl/reference']:.2f}")
+            if config.checkpoint_every and update % config.checkpoint_every == 0 and update < config.updates:
+                state = Progress(update, seconds(), run.kl_controller.coef, progress.before)
+                folder.checkpoint(state, run.trainables, run.tokenizer, config.keep_checkpoints)
+
+    after, after_rollout = evaluate_policy(run, "after")
+    summary = summarise(run, progress.before, after, seconds())
+    log_samples(run, folder, config.updates, "held-out", after_rollout)
+    folder.finish(run.policy, run.tokenizer, summary)
+    print(summary_table(summary))
+    print(f"\n{config.updates} updates, {summary['episodes']} episodes, {summary['seconds']:.0f} s → {folder.path}")
+    return summary
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``python -m rlhf.ppo``."""
+    config = parse_config(PPOConfig, argv, description=__doc__)
+    if config.resume:
+        settings = read_settings(Path(str(config.output)) / "config.yaml")
+        config = parse_config(PPOConfig, argv, description=__doc__, defaults=settings)
+    elif config.policy is None:
+        from rlhf.reviews import ppo_settings
+
+        config = parse_config(PPOConfig, argv, description=__doc__, defaults=ppo_settings())
+    train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
