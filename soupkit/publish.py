@@ -1,0 +1,109 @@
+"""Folders that appear finished or not at all: write to a hidden sibling, then one rename."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raise FileExistsError when ``out`` is in the way, or when replacing it would lose more than a checkpoint."""
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{out} exists: choose another output folder, or overwrite it (--overwrite)")
+    if not _is_only_a_checkpoint(out):
+        raise FileExistsError(
+            f"{out} is not only a checkpoint (weights, no sub-folders), so it is not overwritten: "
+            "choose another output folder"
+        )
+
+
+@contextmanager
+def published_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a temporary folder beside ``out`` to fill; it becomes ``out`` when the block ends without an exception.
+
+    The temporary folder is called ``.NAME.partial-HOST-PID``. One left by a process that was killed is removed by the
+    next run for the same ``out``. A folder that is replaced stays whole until its successor is complete: where the
+    system can swap two folders (Linux) there is no moment without one at ``out``.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name}.partial-{platform.node()}-"
+    _remove_leftovers(out.parent, prefix)
+    partial = out.parent / f"{prefix}{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        for path in partial.iterdir():
+            _sync(path)
+        _sync(partial)
+        check_output(out, overwrite)  # it may have appeared in the meantime
+        _move_into_place(partial, out)
+        _sync(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # what failed, or what was replaced
+
+
+def _is_only_a_checkpoint(folder: Path) -> bool:
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    contents = list(folder.iterdir())
+    has_weights = any(path.suffix == ".safetensors" for path in contents)
+    return not any(path.is_dir() for path in contents) and (has_weights or not contents)
+
+
+def _move_into_place(partial: Path, out: Path) -> None:
+    if not out.exists():
+        partial.rename(out)
+    elif not _exchange(partial, out):
+        replaced = out.parent / f".{out.name}.replaced-{os.getpid()}"
+        out.rename(replaced)
+        try:
+            partial.rename(out)
+        except OSError:
+            replaced.rename(out)
+            raise
+        shutil.rmtree(replaced)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step; False where the system cannot."""
+    at_fdcwd, rename_exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0)
+
+
+def _remove_leftovers(parent: Path, prefix: str) -> None:
+    for path in parent.iterdir():
+        pid = path.name.removeprefix(prefix)
+        if path.name.startswith(prefix) and pid.isdigit() and not _runs_elsewhere(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs_elsewhere(pid: int) -> bool:
+    """Whether another process has this id; our own id on a leftover is an earlier process's, used again."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

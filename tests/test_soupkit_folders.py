@@ -1,0 +1,451 @@
+"""soupkit on folders: the same values as in memory, complete or absent, and what is refused before any work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import soupkit
+from soupkit import METHODS, MergeError
+from soupkit.folder import parse_size
+
+CONFIG = {"model_type": "tiny", "vocab_size": 11, "torch_dtype": "float32"}
+
+
+def make_state(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Tensors of several shapes; one is larger than a block."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"embed.weight": (11, 7), "layer.0.weight": (601, 503), "layer.1.weight": (7, 7), "one": (), "no": (0, 3)}
+    state = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    return state | {"position_ids": torch.arange(5), "odd": torch.tensor([True, False, True])}
+
+
+def save(folder: Path, state: dict[str, torch.Tensor], *, shards: int = 1, config: dict | None = None) -> Path:
+    """Write a checkpoint with the safetensors library, over as many files as asked for."""
+    folder.mkdir(parents=True)
+    names = list(state)
+    if shards == 1:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        weight_map = {}
+        for index in range(shards):
+            file = f"model-{index + 1:05}-of-{shards:05}.safetensors"
+            save_file({name: state[name] for name in names[index::shards]}, folder / file)
+            weight_map |= dict.fromkeys(names[index::shards], file)
+        index_file = folder / "model.safetensors.index.json"
+        index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config))
+    return folder
+
+
+def load(folder: Path) -> dict[str, torch.Tensor]:
+    """Read a checkpoint with the safetensors library, by its index where it has one."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return load_file(folder / "model.safetensors")
+    weight_map = json.loads(index.read_text())["weight_map"]
+    shards = {file: load_file(folder / file) for file in set(weight_map.values())}
+    assert sorted(name for shard in shards.values() for name in shard) == sorted(weight_map)
+    return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        assert a[name].shape == b[name].shape
+        x, y = (state[name].contiguous().view(-1).view(torch.uint8) for state in (a, b))
+        assert torch.equal(x, y), name
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[Path]:
+    return [save(tmp_path / name, make_state(seed)) for seed, name in enumerate("ab")]
+
+
+def call(method: str, models: list, **options):
+    options = {"progress": False} | options
+    if method == "average":
+        return soupkit.average(models, [0.3, 0.7], **options)
+    return soupkit.interpolate(*models, 0.7, method=method, **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", [(1, 1), (3, 2)])
+def test_three_levels_agree_for_every_layout(tmp_path, method, dtype, layout):
+    states = [make_state(seed, dtype) for seed in (0, 1)]
+    folders = [save(tmp_path / f"m{i}", state, shards=layout[i]) for i, state in enumerate(states)]
+    expected = call(method, states)
+    assert_same_bits(call(method, folders), expected)
+    out = call(method, folders, out=tmp_path / "soup")
+    assert_same_bits(load(out), expected)
+    assert len(list(out.glob("*.safetensors"))) == layout[0]
+    small = call(method, [str(folder) for folder in folders], out=tmp_path / "small", max_shard_size=100_000)
+    assert_same_bits(load(small), expected)
+    assert len(list(small.glob("*.safetensors"))) > 1
+
+
+def test_uniform_average_of_two_folders_is_float64_rounded_once(tmp_path):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        states = [make_state(seed, dtype) for seed in (0, 1)]
+        folders = [save(tmp_path / f"{dtype}{i}", state) for i, state in enumerate(states)]
+        soup = soupkit.average(folders, progress=False)
+        for name, tensor in soup.items():
+            if tensor.is_floating_point():
+                assert torch.equal(tensor, ((states[0][name].double() + states[1][name].double()) / 2).to(dtype)), name
+
+
+def test_the_output_folder(tmp_path):
+    tokenizer = {"model": {"vocab": {"a": 0}}}
+    folders = []
+    for name, seed in (("a", 0), ("b", 1)):
+        folder = save(tmp_path / name, make_state(seed))
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+        (folder / "generation_config.json").write_text(json.dumps({"from": name}))
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+        (folder / "optimizer.pt").write_bytes(b"x")
+        (folder / "trainer_state.json").write_text("{}")
+        folders.append(folder)
+    out = soupkit.average(folders, [1, 3], out=tmp_path / "deep" / "soup", dtype=torch.bfloat16, progress=False)
+    assert out == tmp_path / "deep" / "soup"
+    expected = {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "soup.json"}
+    assert {path.name for path in out.iterdir()} == expected | {"model.safetensors"}
+    assert json.loads((out / "generation_config.json").read_text()) == {"from": "a"}
+    assert json.loads((out / "config.json").read_text()) == CONFIG | {"torch_dtype": "bfloat16"}
+    with safe_open(out / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (out / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+    record = json.loads((out / "soup.json").read_text())
+    content = (folders[1] / "model.safetensors").read_bytes()
+    assert record["ingredients"][1] == {
+        "folder": str(folders[1]),
+        "files": {"model.safetensors": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}},
+    }
+    assert record["method"] == "average"
+    assert record["parameters"] == {"weights": [0.25, 0.75]}
+    assert record["dtype"] == "bfloat16"
+    assert record["non_finite"] == {}
+    assert record["soupkit"] == soupkit.__version__
+    common = soupkit.provenance("average", folders, {"weights": [1, 3]})
+    assert common == {key: record[key] for key in ("soupkit", "method", "parameters", "ingredients")}
+    # A soup is an ingredient like any other, and its soup.json is not inherited.
+    again = soupkit.average([out, out], out=tmp_path / "again", progress=False)
+    assert_same_bits(load(again), load(out))
+    assert json.loads((again / "soup.json").read_text())["ingredients"][0]["folder"] == str(out)
+
+
+def test_the_version_is_the_project_s():
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert f'version = "{soupkit.__version__}"' in text
+
+
+def test_non_finite_values_are_counted_in_the_record(tmp_path):
+    states = [make_state(0), make_state(1)]
+    states[1]["layer.1.weight"][2, :3] = torch.nan
+    folders = [save(tmp_path / f"m{i}", state) for i, state in enumerate(states)]
+    with pytest.warns(UserWarning, match="3 NaN or infinite values, inherited from the ingr.*, in 'layer.1.weight'"):
+        out = soupkit.average(folders, out=tmp_path / "soup", progress=False)
+    record = json.loads((out / "soup.json").read_text())
+    assert record["non_finite"] == {"layer.1.weight": {"soup": 3, "ingredients": [0, 3]}}
+    assert load(out)["layer.1.weight"].isnan().sum() == 3
+
+
+def test_an_existing_output_is_kept_unless_overwritten(pair, tmp_path):
+    out = soupkit.average(pair, out=tmp_path / "soup", progress=False)
+    (out / "old.txt").write_text("old")
+    before = load(out)
+    with pytest.raises(FileExistsError, match=r"soup exists: choose another output folder, or overwrite it"):
+        soupkit.average(pair, [1, 0], out=out, progress=False)
+    other = save(tmp_path / "other", {"w": torch.ones(1)})
+    with pytest.raises(MergeError, match="different tensors"):
+        soupkit.average([pair[0], other], out=out, overwrite=True, progress=False)
+    assert_same_bits(load(out), before)
+    soupkit.average(pair, [1, 0], out=out, overwrite=True, progress=False)
+    assert_same_bits(load(out), make_state(0))
+    assert not (out / "old.txt").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_overwriting_without_a_system_call_to_swap_folders(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("soupkit.publish._exchange", lambda a, b: False)
+    out = soupkit.average(pair, out=tmp_path / "soup", progress=False)
+    soupkit.average(pair, [0, 1], out=out, overwrite=True, progress=False)
+    assert_same_bits(load(out), make_state(1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "soup"]
+
+
+def test_a_failed_merge_leaves_nothing_and_loses_nothing(pair, tmp_path, monkeypatch):
+    out = soupkit.average(pair, out=tmp_path / "soup", progress=False)
+    before = load(out)
+
+    def fail(*_):
+        raise OSError("disk on fire")
+
+    monkeypatch.setattr("soupkit.folder._copy_companions", fail)
+    for target in (out, tmp_path / "new"):
+        with pytest.raises(OSError, match="disk on fire"):
+            soupkit.average(pair, [0, 1], out=target, overwrite=True, progress=False)
+    assert_same_bits(load(out), before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "soup"]
+
+
+def test_only_checkpoints_are_overwritten(pair, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("x")
+    (pair[0] / "checkpoint-500").mkdir()
+    (tmp_path / "file").write_text("x")
+    for name in ("thesis", "file"):
+        with pytest.raises(FileExistsError, match=f"{name} is not only a checkpoint"):
+            soupkit.average(pair, out=tmp_path / name, overwrite=True, progress=False)
+    with pytest.raises(FileExistsError, match=r"a is not only a checkpoint \(weights, no sub-folders\)"):
+        soupkit.average([pair[1]], out=pair[0], overwrite=True, progress=False)
+    with pytest.raises(FileExistsError, match="a is one of the ingredients"):
+        soupkit.average(pair, out=pair[0], overwrite=True, progress=False)
+    assert (tmp_path / "thesis" / "chapter1.tex").exists()
+
+
+KILLED_MERGE = """
+import sys, time
+from dataclasses import replace
+import soupkit
+
+row = soupkit.METHODS["average"]
+def slowly(blocks, weights):
+    time.sleep(0.2)
+    return row.function(blocks, weights)
+soupkit.METHODS["average"] = replace(row, function=slowly)
+soupkit.average(sys.argv[1:3], out=sys.argv[3], overwrite=True, progress=False)
+"""
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_killed_merge_leaves_nothing_that_looks_finished(pair, tmp_path, replaces):
+    out = tmp_path / "soup"
+    if replaces:
+        soupkit.average(pair, [1, 0], out=out, progress=False)
+    child = subprocess.Popen([sys.executable, "-c", KILLED_MERGE, *map(str, pair), str(out)])
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".soup.partial-*/*.safetensors")):
+        assert child.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    (leftover,) = tmp_path.glob(".soup.partial-*")
+    if replaces:
+        assert_same_bits(load(out), make_state(0))
+    else:
+        assert not out.exists()
+    soupkit.average(pair, out=out, overwrite=True, progress=False)
+    assert not leftover.exists()
+    assert_same_bits(load(out), soupkit.average([make_state(0), make_state(1)]))
+
+
+def test_a_partial_folder_of_a_running_process_is_left_alone(pair, tmp_path):
+    running = tmp_path / f".soup.partial-{os.uname().nodename}-{os.getppid()}"
+    elsewhere = tmp_path / ".soup.partial-another-host-1"
+    running.mkdir()
+    elsewhere.mkdir()
+    soupkit.average(pair, out=tmp_path / "soup", progress=False)
+    assert running.exists()
+    assert elsewhere.exists()
+
+
+PEAK_MEMORY = r"""
+import re, sys
+from pathlib import Path
+import soupkit
+
+def peak():  # not ru_maxrss: a child starts with its parent's
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+before = peak()
+soupkit.average(sys.argv[1:3], out=sys.argv[3], progress=False)
+soupkit.interpolate(*sys.argv[1:3], 0.3, method="slerp", out=sys.argv[3] + "-slerp", progress=False)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_memory_is_bounded_by_blocks_not_by_models_or_tensors(tmp_path):
+    folders = [save(tmp_path / name, {"one": torch.full((40_000_000,), 0.5, dtype=torch.bfloat16)}) for name in "ab"]
+    arguments = [*map(str, folders), str(tmp_path / "soup")]
+    done = subprocess.run([sys.executable, "-c", PEAK_MEMORY, *arguments], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 50e6  # a model is 80 MB, and so is its one tensor
+    shutil.rmtree(tmp_path)
+
+
+def test_tied_embeddings_and_a_stored_head(tmp_path):
+    tied = save(tmp_path / "tied", {"embed.weight": torch.ones(2, 2)})
+    untied = save(tmp_path / "untied", {"embed.weight": torch.ones(2, 2), "lm_head.weight": torch.ones(2, 2)})
+    for models in ([tied, untied], [untied, tied]):
+        with pytest.raises(MergeError, match=r"'lm_head.weight' is stored in .*untied but not in .*/tied, where"):
+            soupkit.average(models, progress=False)
+
+
+def test_a_llama_survives_and_stays_tied(tmp_path):
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    for tie in (True, False):
+        config = LlamaConfig(
+            vocab_size=31,
+            hidden_size=8,
+            intermediate_size=12,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            tie_word_embeddings=tie,
+        )
+        models = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            models.append(LlamaForCausalLM(config))
+            models[-1].save_pretrained(tmp_path / f"{tie}{seed}")
+        folders = [tmp_path / f"{tie}{seed}" for seed in (0, 1)]
+        out = soupkit.average(folders, [0.25, 0.75], out=tmp_path / f"soup{tie}", progress=False)
+        soup = AutoModelForCausalLM.from_pretrained(out)
+        assert ("lm_head.weight" in load(out)) is not tie
+        assert (soup.lm_head.weight is soup.model.embed_tokens.weight) is tie
+        in_memory = soupkit.average(models, [0.25, 0.75])
+        assert (in_memory.lm_head.weight is in_memory.model.embed_tokens.weight) is tie
+        pairs = zip(soup.parameters(), in_memory.parameters(), *(model.parameters() for model in models), strict=True)
+        for loaded, merged, a, b in pairs:
+            assert torch.equal(loaded, merged)
+            torch.testing.assert_close(loaded, 0.25 * a + 0.75 * b)
+
+
+def write_tokenizer(folder: Path, vocabulary: object, **other: object) -> None:
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []} | other))
+
+
+def test_tokenizers_must_give_the_same_ids(pair):
+    write_tokenizer(pair[0], {"a": 0, "b": 1}, truncation=None)
+    write_tokenizer(pair[1], {"b": 1, "a": 0}, truncation={"max_length": 5})  # the same ids: fine
+    soupkit.average(pair, progress=False)
+    write_tokenizer(pair[1], [["a", -1.0], ["b", -2.0]])  # ids by position: fine too
+    soupkit.average(pair, progress=False)
+    write_tokenizer(pair[1], {"a": 0, "b": 2})
+    with pytest.raises(MergeError, match=r"tokenizers of .*/a and .*/b differ \(token 'b' has id 1 and 2\)"):
+        soupkit.average(pair, progress=False)
+    write_tokenizer(pair[1], {"a": 0, "b": 1}, added_tokens=[{"content": "<eos>", "id": 2}])
+    with pytest.raises(MergeError, match=r"token '<eos>' has id none and 2"):
+        soupkit.average(pair, progress=False)
+    write_tokenizer(pair[1], {"a": 0, "b": 1}, model={"vocab": {"a": 0, "b": 1}, "merges": ["a b"]})
+    with pytest.raises(MergeError, match=r"differ \(merges of tokenizer.json\)"):
+        soupkit.average(pair, progress=False)
+    (pair[1] / "tokenizer.json").unlink()
+    for folder, content in zip(pair, (b"x", b"y"), strict=True):
+        (folder / "tokenizer.model").write_bytes(content)
+    with pytest.raises(MergeError, match=r"differ \(tokenizer.model\)"):
+        soupkit.average(pair, progress=False)
+
+
+def test_configs_must_mean_the_same(tmp_path, pair):
+    for key, value in (("vocab_size", 12), ("model_type", "other")):
+        other = save(tmp_path / key, make_state(2), config=CONFIG | {key: value})
+        with pytest.raises(MergeError, match=f"config.json disagrees: {key} is {CONFIG[key]} in .*/a and {value} in"):
+            soupkit.average([pair[0], other], progress=False)
+
+
+def damage(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def test_bad_folders_are_told_in_one_line(tmp_path, pair, monkeypatch):
+    good = pair[0]
+    empty, pickled, adapter, sharded = (tmp_path / name for name in ("empty", "pickled", "adapter", "sharded"))
+    for folder, file in ((empty, "README.md"), (pickled, "pytorch_model.bin"), (adapter, "adapter_model.safetensors")):
+        folder.mkdir()
+        (folder / file).write_bytes(b"")
+    save(sharded, make_state(0), shards=2)
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}).encode()
+    unknown = json.dumps({"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 4]}}).encode()
+    for name, content in {
+        "short": b"abc",
+        "long": (10**9).to_bytes(8, "little") + b"{}",
+        "lying": len(header).to_bytes(8, "little") + header + b"12345678",
+        "text": b"\x05" + bytes(7) + b"hello",
+        "unknown": len(unknown).to_bytes(8, "little") + unknown + b"1234",
+        "hollow": b"\x02" + bytes(7) + b"{}",
+    }.items():
+        (tmp_path / name).mkdir()
+        damage(tmp_path / name, content)
+    cases = {
+        empty: r"empty has no model.safetensors \(nor .*\); found README.md: give a checkpoint folder",
+        pickled: r"pickled holds pickled weights \(pytorch_model.bin\), which can run code .*save_pretrained",
+        adapter: r"adapter is a LoRA adapter: merge it into its base model",
+        sharded: r"model-00002-of-00002.safetensors is missing, though its index names it",
+        tmp_path / "nowhere": r"nowhere does not exist: give a checkpoint folder, or a hub id",
+        good / "model.safetensors": r"model.safetensors is a file: give the checkpoint folder that holds it",
+        "no-such-org/no-such-model": r"no-such-org/no-such-model is no folder here, and the hub could not provide it",
+        tmp_path / "short": r"short/model.safetensors is damaged",
+        tmp_path / "long": r"long/model.safetensors is damaged",
+        tmp_path / "lying": r"lying/model.safetensors is damaged \(bytes 0 to 4 do not hold a tensor \[2\] of F32\)",
+        tmp_path / "text": r"text/model.safetensors is damaged",
+        tmp_path / "unknown": r"unknown/model.safetensors is damaged \('F4'\)",
+        tmp_path / "hollow": r"hollow holds no tensors",
+    }
+    for folder, message in cases.items():
+        with pytest.raises(MergeError, match=message) as caught:
+            soupkit.average([good, folder], out=tmp_path / "soup", progress=False)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "soup").exists()
+
+
+def test_an_index_must_match_its_shards(tmp_path):
+    folder = save(tmp_path / "m", make_state(0), shards=2)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["one"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(MergeError, match="'one' is not in both the index and the shards"):
+        soupkit.average([folder], progress=False)
+    index.write_text("{}")
+    with pytest.raises(MergeError, match=r"index.json has no weight_map"):
+        soupkit.average([folder], progress=False)
+    index.write_text("{")
+    with pytest.raises(MergeError, match=r"index.json is not valid JSON"):
+        soupkit.average([folder], progress=False)
+
+
+def test_a_full_disk_is_found_before_the_first_tensor(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(MergeError, match=r"has 0.0 GB free, and the soup takes 0.0 GB: free some space"):
+        soupkit.average(pair, out=tmp_path / "soup", progress=False)
+
+
+def test_sizes():
+    assert parse_size("5GB") == 5 * 10**9
+    assert parse_size("200 mb") == 200 * 10**6
+    assert parse_size(17) == 17
+    assert parse_size(None) is None
+    for size in ("5", "GB", "1.5GB", "fiveGB"):
+        with pytest.raises(MergeError, match=f"max_shard_size '{size}' is not a size"):
+            parse_size(size)
+    with pytest.raises(MergeError, match="it must be positive"):
+        parse_size(0)
+
+
+def test_the_progress_bar_is_on_stderr_and_can_be_turned_off(pair, capsys):
+    soupkit.average(pair, progress=False)
+    assert capsys.readouterr() == ("", "")
+    soupkit.average(pair)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "average" in captured.err
+    assert "100%" in captured.err
