@@ -1,0 +1,146 @@
+"""Metrics for landscapes: functions of a model that return an estimate, or several by name.
+
+A metric is any callable ``metric(model)`` that returns
+
+- a float, or
+- a pair (mean, standard error), such as :class:`rlhf.metrics.Estimate`, or
+- a mapping of names to either: several metrics in one pass.
+
+A landscape takes a dict of name to metric. A float or pair is filed under that name, a mapping's entries under their
+own names. Metrics are called under ``torch.no_grad``; one that needs gradients enables them itself. A metric may carry
+a string ``description``, which is stored with results and must agree on resuming.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.data import Example, Prompt
+from rlhf.evaluation import evaluate
+from rlhf.metrics import Estimate
+from rlhf.randomness import generator
+from rlhf.reference import Reference
+from rlhf.rewards import Reward
+from rlhf.rollout import sample
+from rlhf.sft import evaluate_loss
+
+Value = float | tuple[float, float]
+Metric = Callable[[Any], Value | Mapping[str, Value]]
+
+
+@dataclass(frozen=True)
+class Described:
+    """A metric that says what it measures, so that an unfinished result is not continued with another."""
+
+    function: Metric
+    description: str
+
+    def __call__(self, model: Any) -> Value | Mapping[str, Value]:
+        return self.function(model)
+
+
+def loss(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32) -> Metric:
+    """Mean negative log-likelihood per response token, in nats: Σ nll / Σ tokens over all examples."""
+    examples = list(examples)
+    if not examples:
+        raise ValueError("examples: none given; give at least one demonstration")
+
+    def measure(model: PreTrainedModel) -> Estimate:
+        return evaluate_loss(model, examples, tokenizer.pad_token_id, batch_size=batch_size)
+
+    return Described(measure, f"loss of {len(examples)} examples {_digest(examples)}")
+
+
+def sampled(
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rewards: Mapping[str, Reward],
+    references: Mapping[str, Reference],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Metric:
+    """Samples one response to every prompt, once, and measures it every way: the names are those of a run's metrics.
+
+    NAME of ``rewards``   the reward's own units, mean over responses
+    ``kl/NAME``           exact KL(model ‖ reference) for NAME of ``references``, nats per response, mean over responses
+    ``entropy``           exact, nats per token, mean over all response tokens
+    ``response_length``   tokens per response, end-of-sequence included
+
+    Every call draws the same random numbers, each response its own (common random numbers), so that differences
+    between points are less noisy than the standard errors, which are over prompts and samples, suggest.
+
+    ``references`` must not share weights with the model that is moved. ``batch_size`` bounds how many responses are
+    handled at once.
+    """
+    prompts, rewards, references = list(prompts), dict(rewards), dict(references)
+    if not prompts:
+        raise ValueError("prompts: none given; give at least one prompt")
+
+    def measure(model: PreTrainedModel) -> dict[str, Value]:
+        rollout = sample(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            generator=generator(seed, "landscape"),
+            batch_size=batch_size,
+        )
+        result = evaluate(model, rollout, rewards, references, temperature=temperature, batch_size=batch_size)
+        return {
+            **result.rewards,
+            **{f"kl/{name}": estimate for name, estimate in result.kl.items()},
+            "entropy": result.entropy,
+            "response_length": result.response_length,
+        }
+
+    return Described(
+        measure,
+        f"one response of at most {max_new_tokens} tokens to {len(prompts)} prompts {_digest(prompts)}, temperature "
+        f"{temperature}, seed {seed}; rewards {sorted(rewards)}, references {sorted(references)}",
+    )
+
+
+def describe(metrics: Mapping[str, Metric]) -> dict[str, str]:
+    """What each metric says of itself, its name where it says nothing."""
+    if not metrics:
+        raise ValueError("metrics: none given; give a dict of name to metric")
+    for name, metric in metrics.items():
+        if not callable(metric):
+            raise ValueError(
+                f"metric {name!r}: a {type(metric).__name__} is not callable; give a function of the model"
+            )
+    return {name: getattr(metric, "description", name) for name, metric in metrics.items()}
+
+
+def measure(metrics: Mapping[str, Metric], model: Any) -> dict[str, Estimate]:
+    """Call every metric once; a standard error that a metric does not give is NaN."""
+    estimates: dict[str, Estimate] = {}
+    for name, metric in metrics.items():
+        value = metric(model)
+        for key, entry in value.items() if isinstance(value, Mapping) else [(name, value)]:
+            if key in estimates:
+                raise ValueError(f"metric {name!r}: gives {key!r}, which another metric gives already; rename one")
+            estimates[key] = _estimate(key, entry)
+    return estimates
+
+
+def _estimate(name: str, value: Value) -> Estimate:
+    try:
+        mean, stderr = value if isinstance(value, tuple) else (value, math.nan)
+        return Estimate(float(mean), float(stderr))
+    except (TypeError, ValueError):
+        raise ValueError(f"metric {name!r}: returned {value!r}; return a float or (mean, stderr)") from None
+
+
+def _digest(items: Sequence[object]) -> str:
+    return hashlib.sha256(repr(items).encode()).hexdigest()[:12]

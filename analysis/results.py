@@ -1,0 +1,87 @@
+"""What results have in common: measurements at points, filled one by one, and files that are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf.metrics import Estimate
+
+
+@dataclass
+class Measurements:
+    """M metrics at N points.
+
+    names   M names, empty until the first point is measured
+    values  [M, N]  NaN where not measured yet
+    stderr  [M, N]  standard errors; NaN where not measured yet, or where the metric gives none
+    done    [N]     True where measured
+    """
+
+    names: list[str]
+    values: np.ndarray
+    stderr: np.ndarray
+    done: np.ndarray
+
+    @classmethod
+    def empty(cls, num_points: int) -> Measurements:
+        """Nothing measured at any point."""
+        return cls([], np.empty((0, num_points)), np.empty((0, num_points)), np.zeros(num_points, dtype=bool))
+
+    def record(self, point: int, estimates: Mapping[str, Estimate]) -> None:
+        """Enter a point's estimates. Raises ValueError when their names are not those of the points before."""
+        if not self.names:
+            self.names = list(estimates)
+            self.values, self.stderr = (np.full((len(estimates), len(self.done)), np.nan) for _ in range(2))
+        if list(estimates) != self.names:
+            raise ValueError(
+                f"metrics: gave {list(estimates)} at point {point}, but {self.names} before; return the same "
+                "names in the same order at every point"
+            )
+        for row, estimate in enumerate(estimates.values()):
+            self.values[row, point], self.stderr[row, point] = estimate
+        self.done[point] = True
+
+    def at(self, point: int) -> dict[str, Estimate]:
+        """All metrics at one point."""
+        return {
+            name: Estimate(float(self.values[row, point]), float(self.stderr[row, point]))
+            for row, name in enumerate(self.names)
+        }
+
+
+def save_npz(path: str | os.PathLike[str], kind: str, fields: Mapping[str, Any]) -> Path:
+    """Write a result's fields to a ``.npz`` file, replacing it in one step: arrays as they are, the others as JSON."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
+    others = {name: value for name, value in fields.items() if name not in arrays}
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, allow_pickle=False, json=np.array(json.dumps({"kind": kind, **others})), **arrays)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def load_npz(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """The fields that :func:`save_npz` wrote. Raises ValueError unless the file holds a result of this kind."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            fields: dict[str, Any] = {name: file[name] for name in file.files}
+        fields |= json.loads(str(fields.pop("json")))
+        found = fields.pop("kind")
+    except (zipfile.BadZipFile, EOFError, KeyError, ValueError):
+        raise ValueError(f"{path}: not a result that analysis saved; give its .npz file") from None
+    if found != kind:
+        raise ValueError(f"{path}: holds a {found}, expected a {kind}; load it with the class of its kind")
+    return fields

@@ -1,0 +1,125 @@
+"""The KL matrix, against the enumeration of every response of a tiny model."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import EOS, WORDS, make_llama, make_tokenizer
+from transformers import LlamaForCausalLM
+
+from analysis import KLMatrix, kl_matrix
+from analysis.divergence import clustered_estimate
+from rlhf.data import Prompt
+
+SPECIAL = WORDS[:4]
+LENGTH = 3
+
+
+def llama(seed: int) -> LlamaForCausalLM:
+    return make_llama(seed, vocab_size=len(SPECIAL))
+
+
+def all_responses() -> list[list[int]]:
+    """Every response: ended by its only end-of-sequence token, or LENGTH tokens without one."""
+    words = [token for token in range(len(SPECIAL)) if token != EOS]
+    ended = [[*start, EOS] for length in range(LENGTH) for start in product(words, repeat=length)]
+    return ended + [list(response) for response in product(words, repeat=LENGTH)]
+
+
+@torch.no_grad()
+def log_probability(model: LlamaForCausalLM, prompt: list[int], response: list[int], temperature: float) -> float:
+    logits = model(torch.tensor([prompt + response])).logits[0].double() / temperature
+    log_p = logits.log_softmax(-1)
+    return sum(float(log_p[len(prompt) - 1 + t, token]) for t, token in enumerate(response))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_matches_the_enumeration_of_all_responses(temperature: float) -> None:
+    models = {"a": llama(1), "b": llama(2), "c": llama(3)}
+    prompt = [1, 3]
+    log_p = {
+        name: np.array([log_probability(model, prompt, response, temperature) for response in all_responses()])
+        for name, model in models.items()
+    }
+    for values in log_p.values():
+        assert np.exp(values).sum() == pytest.approx(1, abs=1e-6)  # the enumeration is complete
+    matrix = kl_matrix(
+        models,
+        [Prompt("", prompt)],
+        make_tokenizer(SPECIAL),
+        max_new_tokens=LENGTH,
+        num_responses=4000,
+        temperature=temperature,
+        seed=5,
+        progress=False,
+    )
+    for row in models:
+        for column in models:
+            expected = float((np.exp(log_p[row]) * (log_p[row] - log_p[column])).sum())
+            estimate = matrix[row, column]
+            assert estimate.mean == pytest.approx(expected, abs=4 * estimate.stderr + 1e-9)
+            if row != column:
+                assert 0 < estimate.stderr < 0.03 * expected
+                # Direction matters: the error bars tell KL(row ‖ column) from KL(column ‖ row).
+                reverse = float((np.exp(log_p[column]) * (log_p[column] - log_p[row])).sum())
+                assert abs(reverse - expected) > 8 * estimate.stderr
+
+
+def test_diagonal_is_zero_and_runs_are_alike() -> None:
+    models = {"a": llama(1), "b": llama(2)}
+    prompts = [Prompt("", [1]), Prompt("", [2, 3, 1])]
+    one, two = (
+        kl_matrix(
+            models, prompts, make_tokenizer(SPECIAL), max_new_tokens=3, num_responses=3, batch_size=size, progress=False
+        )
+        for size in (None, 4)
+    )
+    assert (np.diag(one.mean) == 0).all()
+    assert (np.diag(one.stderr) == 0).all()
+    assert (one.mean[~np.eye(2, dtype=bool)] > 0).all()
+    # Batches only change the rounding.
+    np.testing.assert_allclose(one.mean, two.mean, rtol=1e-5)
+
+
+def test_standard_error_by_hand() -> None:
+    # Two prompts with means 2 and 6: s = √8 = 2.828, divided by √2.
+    assert clustered_estimate(torch.tensor([[1.0, 3.0], [6.0, 6.0]])) == pytest.approx((4, 2))
+    # One prompt, responses 1, 3, 8: s² = 13, divided by 3.
+    assert clustered_estimate(torch.tensor([[1.0, 3.0, 8.0]])) == pytest.approx((4, math.sqrt(13 / 3)))
+
+
+def test_models_are_left_as_they_were(tmp_path: Path) -> None:
+    model = llama(1).train()
+    llama(2).save_pretrained(tmp_path / "folder")
+    matrix = kl_matrix(
+        {"model": model, "folder": tmp_path / "folder"},
+        [Prompt("", [1])] * 4,
+        make_tokenizer(SPECIAL),
+        max_new_tokens=2,
+        progress=False,
+    )
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    loaded = KLMatrix.load(matrix.save(tmp_path / "matrix.npz"))
+    np.testing.assert_array_equal(loaded.mean, matrix.mean)
+    np.testing.assert_array_equal(loaded.stderr, matrix.stderr)
+    assert (loaded.names, loaded.metadata) == (matrix.names, matrix.metadata)
+
+
+def test_bad_input_is_named() -> None:
+    prompts = [Prompt("", [1])]
+    one = {"a": llama(1)}
+    for models, given, message in (
+        (one, prompts, r"models=\['a'\]: a matrix needs at least two"),
+        ({**one, "b": llama(2)}, [], "prompts: none given"),
+        ({**one, "b": make_llama(2, vocab_size=6)}, prompts, r"vocabularies differ, \{'a': 4, 'b': 6\} tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kl_matrix(models, given, make_tokenizer(SPECIAL), max_new_tokens=2, progress=False)
+    with pytest.raises(ValueError, match="num_responses=0"):
+        kl_matrix({**one, "b": llama(2)}, prompts, make_tokenizer(SPECIAL), max_new_tokens=2, num_responses=0)

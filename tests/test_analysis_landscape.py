@@ -1,0 +1,470 @@
+"""Lines and planes: hand-worked values, exact checkpoints, untouched models, unfinished files."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import WORDS, make_llama, make_tokenizer, random_examples
+from torch import Tensor, nn
+
+from analysis import Line, Plane, line, metrics, plane, weights
+from rlhf.data import Prompt
+from rlhf.reference import ModelReference
+
+
+class Vector(nn.Module):
+    """A model whose weights are three numbers in two tensors."""
+
+    def __init__(self, a: tuple[float, float] = (0.0, 0.0), b: float = 0.0) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(a))
+        self.b = nn.Parameter(torch.tensor([b]))
+
+
+def vector(x: float, y: float, off_plane: float = 0.0) -> dict[str, Tensor]:
+    """(1, 2, 3) + x · (0.6, 0.8, 0) + y · (0, 0, 1) + off_plane · (−0.8, 0.6, 0)."""
+    a = torch.tensor([1 + 0.6 * x - 0.8 * off_plane, 2 + 0.8 * x + 0.6 * off_plane])
+    return {"a": a, "b": torch.tensor([3.0 + y])}
+
+
+def first(model: Vector) -> float:
+    return float(model.a[0])
+
+
+def last(model: Vector) -> tuple[float, float]:
+    return float(model.b[0]), 0.5
+
+
+def squared_distance(model: Vector) -> float:
+    """From (1, 2, 3): x² + y² + off_plane²."""
+    origin = torch.tensor([1.0, 2.0, 3.0])
+    return float(((torch.cat([model.a, model.b]) - origin) ** 2).sum())
+
+
+CORNERS = {"one": vector(0, 0), "two": vector(5, 0), "three": vector(2, 6)}
+
+
+@torch.no_grad()
+def logit_sum(model: nn.Module) -> float:
+    return float(model(torch.tensor([[1, 2, 3, 4]])).logits.square().sum())
+
+
+def interrupted_after(calls: int, metric: Callable[[nn.Module], float], error: type[BaseException]) -> metrics.Metric:
+    """``metric``, which raises ``error`` at its call number ``calls`` + 1."""
+    count = 0
+
+    def measure(model: nn.Module) -> float:
+        nonlocal count
+        count += 1
+        if count > calls:
+            raise error("stopped")
+        return metric(model)
+
+    return metrics.Described(measure, "first coordinate")
+
+
+UNINTERRUPTED = metrics.Described(first, "first coordinate")
+
+
+# ── Planes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_plane_by_hand() -> None:
+    named = {"first": first, "last": last, "squared": squared_distance}
+    result = plane(CORNERS, named, model=Vector(), steps=3, margin=0.5, progress=False)
+    # Extents 5 and 6, half of each added on both sides.
+    np.testing.assert_allclose(result.x, [-2.5, 2.5, 7.5])
+    np.testing.assert_allclose(result.y, [-3, 3, 9])
+    np.testing.assert_allclose(result.values["first"], [[-0.5, 2.5, 5.5]] * 3, atol=1e-6)
+    np.testing.assert_allclose(result.values["last"], [[0] * 3, [6] * 3, [12] * 3], atol=1e-6)
+    expected = [[15.25, 15.25, 65.25], [15.25, 15.25, 65.25], [87.25, 87.25, 137.25]]
+    np.testing.assert_allclose(result.values["squared"], expected, rtol=1e-5)
+    np.testing.assert_array_equal(result.stderr["last"], np.full((3, 3), 0.5))
+    assert np.isnan(result.stderr["first"]).all()
+    assert result.done.all()
+    assert result.done.shape == (3, 3)
+    for name, (x, y) in {"one": (0, 0), "two": (5, 0), "three": (2, 6)}.items():
+        assert result.coordinates[name] == pytest.approx((x, y), abs=1e-5)
+        assert result.at[name]["squared"].mean == pytest.approx(x**2 + y**2, abs=1e-4)
+
+
+def test_marked_checkpoints_project_onto_the_plane() -> None:
+    mark = {"soup": vector(1, 2, off_plane=7), "centre": vector(3, 1)}
+    result = plane(CORNERS, {"squared": squared_distance}, model=Vector(), steps=2, mark=mark, progress=False)
+    assert result.names == ["one", "two", "three", "soup", "centre"]
+    assert result.coordinates["soup"] == pytest.approx((1, 2), abs=1e-5)
+    assert result.distance == pytest.approx({"one": 0, "two": 0, "three": 0, "soup": 7, "centre": 0}, abs=1e-5)
+    # The checkpoint itself, not its projection: 1² + 2² + 7².
+    assert result.at["soup"]["squared"].mean == pytest.approx(54, rel=1e-5)
+
+
+def test_axes_are_orthonormal_and_span_the_checkpoints() -> None:
+    points = [weights.read("", make_llama(seed), make_llama(0)) for seed in (1, 2, 3)]
+    (u, v), corners = weights_axes(points)
+    flat = [np.concatenate([t.numpy().ravel().astype(np.float64) for t in tensors.values()]) for tensors in (u, v)]
+    gram = np.array([[one @ other for other in flat] for one in flat])
+    np.testing.assert_allclose(gram, np.eye(2), atol=1e-6)
+    start, end = (np.concatenate([t.numpy().ravel() for t in points[i].values()]) for i in (0, 2))
+    np.testing.assert_allclose(start + corners[2][0] * flat[0] + corners[2][1] * flat[1], end, atol=1e-6)
+
+
+def weights_axes(points: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], list[tuple[float, float]]]:
+    from analysis.landscape import _axes
+
+    return _axes(["one", "two", "three"], *points)
+
+
+def test_checkpoints_are_measured_bit_for_bit_and_twice_alike() -> None:
+    sources = {f"seed{seed}": make_llama(seed) for seed in (1, 2, 3)}
+    mark = {"mean": {k: (v + sources["seed2"].state_dict()[k]) / 2 for k, v in sources["seed1"].state_dict().items()}}
+    one, two = (
+        plane(sources, {"m": logit_sum}, model=make_llama(0), steps=3, margin=0, mark=mark, progress=False)
+        for _ in "12"
+    )
+    for name, source in sources.items():
+        assert one.at[name]["m"].mean == logit_sum(source)
+    assert one.values["m"][0, 0] == logit_sum(sources["seed1"])
+    np.testing.assert_array_equal(one.values["m"], two.values["m"])
+    assert one.coordinates == two.coordinates
+    assert one.distance["mean"] < 1e-5
+    assert one.coordinates["mean"] == pytest.approx((one.coordinates["seed2"][0] / 2, 0), abs=1e-5)
+
+
+def test_plane_refuses_checkpoints_on_a_line() -> None:
+    collinear = {"one": vector(0, 0), "two": vector(4, 0), "soup": vector(2, 0)}
+    with pytest.raises(ValueError, match=r"'soup': lies on the line through 'one' and 'two' .* use analysis.line"):
+        plane(collinear, {"first": first}, model=Vector(), progress=False)
+    with pytest.raises(ValueError, match="'one' and 'two' are equal"):
+        plane({**CORNERS, "two": vector(0, 0)}, {"first": first}, model=Vector(), progress=False)
+
+
+# ── Lines ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_line_by_hand() -> None:
+    result = line(CORNERS, {"first": first, "last": last}, model=Vector(), steps=3, margin=0.5, progress=False)
+    # Segments of length 5 and √(3² + 6²), one point beyond each end.
+    second = math.sqrt(45)
+    assert result.length == pytest.approx(5 + second)
+    travelled = [-2.5, 0, 2.5, 5, 5 + second / 2, 5 + second, 5 + 1.5 * second]
+    np.testing.assert_allclose(result.t * result.length, travelled, rtol=1e-6)
+    np.testing.assert_allclose(result.values["first"], [-0.5, 1, 2.5, 4, 3.1, 2.2, 1.3], atol=1e-6)
+    np.testing.assert_allclose(result.values["last"], [3, 3, 3, 3, 6, 9, 12], atol=1e-6)
+    np.testing.assert_array_equal(result.stderr["last"], np.full(7, 0.5))
+    assert result.names == ["one", "two", "three"]
+    assert result.coordinates["one"] == 0
+    assert result.coordinates["three"] == 1
+    assert [list(result.t).index(result.coordinates[name]) for name in result.names] == [1, 3, 5]
+    assert result.at["two"]["first"].mean == pytest.approx(4)
+
+
+def test_line_between_two_is_the_interpolation_coefficient() -> None:
+    result = line({"a": vector(0, 0), "b": vector(8, 0)}, {"first": first}, model=Vector(), steps=5, progress=False)
+    np.testing.assert_allclose(result.t, [0, 0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(result.values["first"], 1 + 4.8 * result.t, rtol=1e-6)
+
+
+def test_line_checkpoints_are_measured_bit_for_bit() -> None:
+    sources = {f"seed{seed}": make_llama(seed) for seed in (1, 2, 3)}
+    result = line(sources, {"m": logit_sum}, model=make_llama(0), steps=4, progress=False)
+    for name, source in sources.items():
+        assert result.at[name]["m"].mean == logit_sum(source)
+        assert result.values["m"][list(result.t).index(result.coordinates[name])] == logit_sum(source)
+    interpolated = make_llama(0)
+    interpolated.load_state_dict(
+        {k: v.lerp(sources["seed3"].state_dict()[k], 2 / 3) for k, v in sources["seed2"].state_dict().items()}
+    )
+    assert result.values["m"][5] == pytest.approx(logit_sum(interpolated), rel=1e-5)
+
+
+def test_margin_keeps_the_spacing_and_adds_what_fits() -> None:
+    result = line(
+        {"a": vector(0, 0), "b": vector(8, 0)}, {"m": first}, model=Vector(), steps=5, margin=0.6, progress=False
+    )
+    np.testing.assert_allclose(result.t, np.arange(-2, 7) / 4)
+
+
+# ── Weights ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_tied_weights_count_once() -> None:
+    zero, one = make_llama(0).state_dict(), make_llama(0).state_dict()
+    one = {name: tensor.clone() for name, tensor in one.items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        one[name][0, :4] += 1  # the tied matrix moves by √4
+    result = line({"zero": zero, "one": one}, {"m": logit_sum}, model=make_llama(1), steps=2, progress=False)
+    assert result.length == pytest.approx(2, rel=1e-6)
+    one["lm_head.weight"][0, 0] += 1
+    with pytest.raises(
+        ValueError, match=r"'one': lm_head.weight differs from model.embed_tokens.weight, but the model"
+    ):
+        line({"zero": zero, "one": one}, {"m": logit_sum}, model=make_llama(1), progress=False)
+
+
+class WithBuffers(Vector):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("statistics", torch.tensor([7.0]))
+        self.counts = nn.Parameter(torch.tensor([3]), requires_grad=False)
+
+
+def test_buffers_and_integers_stay_the_models_own() -> None:
+    extra = {"statistics": torch.tensor([100.0]), "counts": torch.tensor([200])}
+    sources = {"one": vector(0, 0) | extra, "two": vector(5, 0) | extra}
+    seen = {"statistics": lambda m: float(m.statistics), "counts": lambda m: float(m.counts), "first": first}
+    result = line(sources, seen, model=WithBuffers(), steps=3, progress=False)
+    assert result.length == pytest.approx(5)
+    np.testing.assert_array_equal(result.values["statistics"], [7, 7, 7])
+    np.testing.assert_array_equal(result.values["counts"], [3, 3, 3])
+    np.testing.assert_allclose(result.values["first"], [1, 2.5, 4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("measure", [line, plane])
+def test_model_is_put_back(measure: Callable[..., object], error: type[BaseException] | None) -> None:
+    model = make_llama(0)
+    model.train()
+    model.lm_head.eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fingerprint = weights.fingerprint(before)
+    sources = {"self": model, "two": make_llama(2).state_dict(), "three": make_llama(3).state_dict()}
+
+    def metric(module: nn.Module) -> float:
+        assert not any(part.training for part in module.modules())
+        return logit_sum(module)
+
+    interrupted = {"m": interrupted_after(4 if error else 100, metric, error or RuntimeError)}
+    if error is None:
+        measure(sources, interrupted, model=model, steps=3, progress=False)
+    else:
+        with pytest.raises(error, match="stopped"):
+            measure(sources, interrupted, model=model, steps=3, progress=False)
+    assert weights.fingerprint(model.state_dict()) == fingerprint
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_the_model_itself_may_be_a_checkpoint() -> None:
+    model = Vector((1.0, 2.0), 3.0)
+    sources = {"one": model.state_dict(), "two": vector(5, 0), "three": vector(2, 6)}
+    result = plane(sources, {"m": first}, model=model, steps=2, mark={"self": model}, progress=False)
+    assert result.coordinates["three"] == pytest.approx((2, 6), abs=1e-5)
+    assert result.coordinates["self"] == (0, 0)
+    assert result.at["self"]["m"].mean == 1
+    assert result.at["one"]["m"].mean == 1
+
+
+def test_points_are_rounded_once_to_the_models_dtype() -> None:
+    model = Vector().to(torch.bfloat16)
+    # bfloat16 near 1 has steps of 2⁻⁷. The middle, 1 + 3 · 2⁻⁹, is rounded up; were the start rounded first (to 1), the
+    # middle would be 1 + 2⁻⁸, halfway, and go to 1.
+    start = 1 + 2**-9
+    sources = {
+        "one": {"a": torch.tensor([start, 0.0]), "b": torch.zeros(1)},
+        "two": {"a": torch.tensor([start + 2**-7, 0.0]), "b": torch.zeros(1)},
+    }
+    result = line(sources, {"m": first}, model=model, steps=3, progress=False)
+    np.testing.assert_array_equal(result.values["m"], [1, 1 + 2**-7, 1 + 2**-7])
+
+
+def test_folders_are_loaded_exactly_and_named_by_their_folder(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        make_llama(seed).save_pretrained(tmp_path / f"sft{seed}")
+    result = line([tmp_path / "sft1", tmp_path / "sft2"], {"m": logit_sum}, steps=2, progress=False)
+    assert result.names == ["sft1", "sft2"]
+    assert [result.at[name]["m"].mean for name in result.names] == [logit_sum(make_llama(s)) for s in (1, 2)]
+
+
+# ── Several metrics ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_one_callable_may_give_several_metrics() -> None:
+    calls = []
+
+    def several(model: Vector) -> dict[str, tuple[float, float]]:
+        calls.append(1)
+        return {"kl/soup": (float(model.a[1]), 0.25), "gold": last(model)}
+
+    sources = {"a": vector(0, 0), "b": vector(5, 0)}
+    result = line(sources, {"first": first, "samples": several}, model=Vector(), steps=3, progress=False)
+    assert list(result.values) == ["first", "kl/soup", "gold"]
+    np.testing.assert_allclose(result.values["kl/soup"], [2, 4, 6], rtol=1e-6)
+    np.testing.assert_array_equal(result.stderr["kl/soup"], [0.25] * 3)
+    assert len(calls) == 3
+
+
+def test_loss_of_a_uniform_model_is_log_v() -> None:
+    model = make_llama(0)
+    nn.init.zeros_(model.lm_head.weight)
+    estimate = metrics.loss(random_examples(seed=0), make_tokenizer())(model)
+    assert estimate.mean == pytest.approx(math.log(len(WORDS)), rel=1e-6)
+    assert estimate.stderr == pytest.approx(0, abs=1e-6)
+
+
+def test_sampled_measures_one_rollout_every_way() -> None:
+    prompts = [Prompt("p", [1, 2]), Prompt("q", [3])] * 8
+    metric = metrics.sampled(
+        prompts,
+        make_tokenizer(),
+        rewards={"gold_reward": lambda rollout: rollout.response_lengths.float() * 2},
+        references={"self": ModelReference(make_llama(1)), "other": ModelReference(make_llama(2))},
+        max_new_tokens=5,
+        seed=3,
+    )
+    once, again, other = metric(make_llama(1)), metric(make_llama(1)), metric(make_llama(2))
+    assert list(once) == ["gold_reward", "kl/self", "kl/other", "entropy", "response_length"]
+    assert once == again
+    assert once["kl/self"] == (0, 0)
+    assert other["kl/other"] == (0, 0)
+    assert once["kl/other"].mean > 0.1
+    assert once["gold_reward"].mean == 2 * once["response_length"].mean
+    assert once["gold_reward"].stderr == pytest.approx(2 * once["response_length"].stderr)
+    # Entropy of a uniform model is log V at every token, whatever is sampled.
+    uniform = make_llama(1)
+    nn.init.zeros_(uniform.lm_head.weight)
+    assert metric(uniform)["entropy"].mean == pytest.approx(math.log(len(WORDS)), rel=1e-5)
+
+
+# ── Files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("measure", [line, plane])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_resuming_equals_one_go(measure: Callable[..., Line], error: type[BaseException], tmp_path: Path) -> None:
+    arguments = {"model": Vector(), "steps": 3, "progress": False}
+    path = tmp_path / "new" / "result.npz"
+    with pytest.raises(error):
+        measure(CORNERS, {"m": interrupted_after(4, first, error)}, save=path, **arguments)
+    unfinished = (Line if measure is line else Plane).load(path)
+    assert unfinished.measurements.done.sum() == 4
+    np.testing.assert_array_equal(np.isnan(unfinished.measurements.values[0]), ~unfinished.measurements.done)
+
+    whole = measure(CORNERS, {"m": UNINTERRUPTED}, **arguments)
+    remaining = len(whole.measurements.done) - 4
+    resumed = measure(CORNERS, {"m": interrupted_after(remaining, first, error)}, save=path, resume=True, **arguments)
+    np.testing.assert_array_equal(resumed.values["m"], whole.values["m"])
+    assert resumed.at.keys() == whole.at.keys()
+    assert [e["m"].mean for e in resumed.at.values()] == [e["m"].mean for e in whole.at.values()]
+    finished = measure(CORNERS, {"m": interrupted_after(0, first, error)}, save=path, resume=True, **arguments)
+    np.testing.assert_array_equal(finished.values["m"], whole.values["m"])
+    assert [file.name for file in path.parent.iterdir()] == ["result.npz"]
+
+
+def test_resuming_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plane.npz"
+    arguments = {"model": Vector(), "steps": 2, "progress": False, "save": path}
+    plane(CORNERS, {"m": UNINTERRUPTED}, **arguments)
+    with pytest.raises(FileExistsError, match="exists already; continue it with resume=True"):
+        plane(CORNERS, {"m": UNINTERRUPTED}, **arguments)
+    arguments["resume"] = True
+    for changed in (
+        {"steps": 3},
+        {"margin": 0.1},
+        {"checkpoints": {**CORNERS, "three": vector(2, 6.001)}},
+        {"checkpoints": {"one": CORNERS["one"], "two": CORNERS["two"], "drei": CORNERS["three"]}},
+        {"metrics": {"m": metrics.Described(first, "another")}},
+        {"metrics": {"n": UNINTERRUPTED}},
+        {"mark": {"soup": vector(1, 1)}},
+    ):
+        call = {"checkpoints": CORNERS, "metrics": {"m": UNINTERRUPTED}} | arguments | changed
+        with pytest.raises(ValueError, match=r"plane.npz: was computed with (steps|margin|checkpoints|metrics)="):
+            plane(**call)
+    with pytest.raises(ValueError, match="holds a Plane, expected a Line"):
+        line(CORNERS, {"m": UNINTERRUPTED}, **arguments)
+    path.write_bytes(b"not a zip file")
+    with pytest.raises(ValueError, match=r"plane.npz: not a result that analysis saved"):
+        plane(CORNERS, {"m": UNINTERRUPTED}, **arguments)
+
+
+def test_saving_and_loading_loses_nothing(tmp_path: Path) -> None:
+    surface = plane(
+        CORNERS, {"m": first, "l": last}, model=Vector(), steps=2, mark={"soup": vector(1, 1)}, progress=False
+    )
+    path = line(CORNERS, {"m": first, "l": last}, model=Vector(), steps=2, progress=False)
+    for result in (surface, path):
+        loaded = type(result).load(result.save(tmp_path / "result.npz"))
+        for field, value in vars(result).items():
+            if field == "measurements":
+                np.testing.assert_array_equal(loaded.measurements.values, value.values)
+                np.testing.assert_array_equal(loaded.measurements.stderr, value.stderr)
+                assert loaded.measurements.names == value.names
+            elif isinstance(value, np.ndarray):
+                np.testing.assert_array_equal(getattr(loaded, field), value)
+            else:
+                assert getattr(loaded, field) == value
+
+
+# ── Bad input ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def without(name: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in vector(5, 0).items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"two": without("b")}, "checkpoint 'two': lacks tensors for Vector, 1 of them (first: ['b'])"),
+        ({"two": vector(5, 0) | {"c": torch.zeros(1)}}, "'two': has unexpected tensors for Vector, 1 of them"),
+        ({"two": without("b") | {"b": torch.zeros(2)}}, "shape [2], the model's is torch.float32 of shape [1]"),
+        ({"two": without("b") | {"b": torch.zeros(1, dtype=torch.int8)}}, "b is torch.int8 of shape [1]"),
+        ({"two": without("b") | {"b": torch.tensor([math.nan])}}, "checkpoint 'two': b has NaN or infinite values"),
+        ({"two": "folder"}, "checkpoint 'two': is a folder, but Vector cannot be loaded from one; give a state dict"),
+        ({"two": vector(0, 0)}, "checkpoints 'one' and 'two' are equal"),
+    ],
+)
+def test_unfit_checkpoints_are_named(changed: dict[str, weights.Source], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        line({"one": vector(0, 0), **changed}, {"m": first}, model=Vector(), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"checkpoints": {"one": vector(0, 0)}}, "checkpoints=['one']: a line needs at least two"),
+        ({"checkpoints": [vector(0, 0), vector(1, 0)]}, "checkpoint 0: a dict has no name; give a dict of name"),
+        ({"checkpoints": ["a/policy", "b/policy"]}, "b/policy has the same name as a/policy"),
+        ({"checkpoints": "sft1"}, "checkpoints='sft1': expected several checkpoints"),
+        ({"model": None}, "model: none given, and none of the checkpoints ['one', 'two', 'three'] is a folder"),
+        ({"steps": 1}, "steps=1: must be at least 2"),
+        ({"margin": -0.1}, "margin=-0.1: must be finite and at least 0"),
+        ({"metrics": {}}, "metrics: none given"),
+        ({"metrics": {"m": 3}}, "metric 'm': a int is not callable"),
+        ({"metrics": {"m": lambda model: "high"}}, "metric 'm': returned 'high'; return a float or (mean, stderr)"),
+        ({"metrics": {"m": lambda model: (1, 2, 3)}}, "metric 'm': returned (1, 2, 3)"),
+        ({"metrics": {"m": first, "n": lambda model: {"m": 1.0}}}, "metric 'n': gives 'm', which another metric gives"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    call = {"checkpoints": CORNERS, "metrics": {"m": first}, "model": Vector(), "progress": False} | arguments
+    with pytest.raises(ValueError, match=re.escape(message)):
+        line(**call)
+
+
+def test_metrics_must_keep_their_names() -> None:
+    names = iter("abc")
+    with pytest.raises(ValueError, match=r"metrics: gave \['b'\] at point 1, but \['a'\] before"):
+        line(CORNERS, {"m": lambda model: {next(names): 1.0}}, model=Vector(), progress=False)
+
+
+def test_folder_with_missing_tensors_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for seed in (1, 2):
+        make_llama(seed).save_pretrained(tmp_path / f"sft{seed}")
+    file = tmp_path / "sft2" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"sft2: 1 missing tensors for LlamaForCausalLM \(first: \['model.norm.weight'"
+    ):
+        line([tmp_path / "sft1", tmp_path / "sft2"], {"m": logit_sum}, progress=False)
+    with pytest.raises(FileNotFoundError, match=r"sft3: no config.json"):
+        line([tmp_path / "sft1", tmp_path / "sft3"], {"m": logit_sum}, progress=False)

@@ -1,0 +1,113 @@
+"""Plots run on results, whole and unfinished, and say what they show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.text import Text
+
+from analysis import KLMatrix, Line, Plane, plots
+from analysis.results import Measurements
+
+
+@pytest.fixture(autouse=True)
+def close_figures() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+def texts(ax: Axes) -> set[str]:
+    """All that is written in the figure, once drawn."""
+    ax.figure.canvas.draw()
+    return {text.get_text() for text in ax.figure.findobj(Text)}
+
+
+def measurements(*rows: np.ndarray, names: list[str]) -> Measurements:
+    values = np.array(rows)
+    return Measurements(names, values, np.full_like(values, 0.1), ~np.isnan(values[0]))
+
+
+def make_line() -> Line:
+    t = np.linspace(0, 1, 5)
+    return Line(
+        t=t,
+        length=4.0,
+        coordinates={"sft1": 0.0, "soup": 0.5, "sft2": 1.0},
+        measurements=measurements(t**2, 1 - t, names=["loss", "kl/soup"]),
+        metadata={},
+    )
+
+
+def make_plane(values: np.ndarray | None = None) -> Plane:
+    x, y = np.linspace(-1, 5, 4), np.linspace(-1, 3, 4)
+    values = x**2 + y[:, None] if values is None else values
+    return Plane(
+        x=x,
+        y=y,
+        coordinates={"sft1": (0.0, 0.0), "sft2": (4.0, 0.0), "policy": (1.0, 2.0), "soup": (2.0, 0.0)},
+        distance={"sft1": 0.0, "sft2": 0.0, "policy": 0.0, "soup": 0.8},
+        measurements=measurements(np.concatenate([np.zeros(4), values.ravel()]), names=["gold_reward"]),
+        metadata={},
+    )
+
+
+MATRIX = KLMatrix(
+    ["sft1", "policy"], np.array([[0.0, 12.345], [0.678, 0.0]]), np.array([[0.0, 0.21], [0.034, 0.0]]), metadata={}
+)
+ROWS = [{"update": i, "kl/reference": 0.5 * i, "kl/reference_stderr": 0.1, "gold_reward": i**0.5} for i in range(1, 4)]
+
+
+def test_line_names_its_checkpoints_and_metric() -> None:
+    ax = plots.plot_line(make_line(), "loss", color="red", label="between")
+    assert {"sft1", "soup", "sft2", "loss (nats per token)"} <= texts(ax)
+    curve = ax.get_lines()[0]
+    np.testing.assert_allclose(curve.get_xdata(), [0, 1, 2, 3, 4])
+    np.testing.assert_allclose(curve.get_ydata(), np.linspace(0, 1, 5) ** 2)
+    assert (curve.get_color(), curve.get_label()) == ("red", "between")
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((-0.1, 1.1))
+
+
+def test_line_of_several_metrics_has_a_legend() -> None:
+    _, ax = plt.subplots()
+    assert plots.plot_line(make_line(), ["loss", "kl/soup"], ax=ax) is ax
+    assert {"loss (nats per token)", "KL to soup (nats per response)"} <= texts(ax)
+
+
+def test_plane_marks_its_checkpoints() -> None:
+    ax = plots.plot_plane(make_plane(), "gold_reward")
+    assert {"sft1", "sft2", "policy", "soup", "gold reward"} <= texts(ax)
+    assert ax.get_aspect() == 1
+    points = {tuple(np.ravel(marker.get_xydata())): marker.get_markerfacecolor() for marker in ax.get_lines()}
+    assert points == {(0.0, 0.0): "white", (4.0, 0.0): "white", (1.0, 2.0): "white", (2.0, 0.0): "none"}
+
+
+def test_unfinished_plane_is_drawn() -> None:
+    values = np.arange(16.0).reshape(4, 4)
+    values[3] = np.nan
+    assert "gold reward" in texts(plots.plot_plane(make_plane(values), "gold_reward"))
+
+
+def test_kl_matrix_writes_its_numbers() -> None:
+    assert {"12.35\n± 0.21", "0.678\n± 0.034", "0", "sft1", "policy"} <= texts(plots.plot_kl_matrix(MATRIX))
+
+
+def test_reward_kl_reads_rows_and_run_folders(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    ax = plots.plot_reward_kl({"soup": tmp_path, "sft1": ROWS[:2]})
+    assert {"soup", "sft1", "KL to reference (nats per response)", "gold reward"} <= texts(ax)
+    np.testing.assert_allclose(ax.get_lines()[0].get_xydata(), [[0.5, 1], [1, 2**0.5], [1.5, 3**0.5]])
+
+
+def test_unknown_metric_is_named() -> None:
+    for draw in (lambda: plots.plot_line(make_line(), "gold"), lambda: plots.plot_plane(make_plane(), "gold")):
+        with pytest.raises(ValueError, match="metric 'gold': not in this result"):
+            draw()
+    with pytest.raises(ValueError, match=r"run 'soup': has no 'kl/sft1' in its metrics; choose one of \['update'"):
+        plots.plot_reward_kl({"soup": ROWS}, x="kl/sft1")
