@@ -147,7 +147,10 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings of a YAML file, unchecked but for being 'name: value' lines."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such configuration file")
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected 'name: value' lines, found {type(values).__name__}")
     return values

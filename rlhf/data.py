@@ -53,35 +53,46 @@ def _rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a .txt or .jsonl file")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            if path.suffix == ".txt":
-                yield where, {"prompt": line.rstrip("\n")}
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: not JSON ({error.msg}); write one JSON object a line, or name the file .txt"
-                ) from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected a JSON object with prompt or messages, found {type(row).__name__}")
-            yield where, row
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        if path.suffix == ".txt":
+            yield where, {"prompt": line}
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{where}: not JSON ({error.msg}); write one JSON object a line, or name the file .txt"
+            ) from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected a JSON object with prompt or messages, found {type(row).__name__}")
+        yield where, row
+
+
+def _render(where: str, messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Chat messages as the text that the tokenizer's chat template makes of them, ready for the model's answer."""
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{where}: has messages, but the tokenizer has no chat template; give a plain prompt instead")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ValueError(f"{where}: messages must be objects with strings role and content; found {message!r}")
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # templates raise whatever they like, jinja2's own errors included
+        raise ValueError(f"{where}: the chat template refuses the messages: {error}") from None
 
 
 def _encode_prompt(
     where: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
 ) -> Prompt:
     if isinstance(row.get("messages"), list):
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                f"{where}: has messages, but the tokenizer has no chat template; give a plain prompt instead"
-            )
-        rendered = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(_render(where, row["messages"], tokenizer), add_special_tokens=False)["input_ids"]
         text = "\n".join(message["content"] for message in row["messages"])
     elif isinstance(row.get("prompt"), str):
         ids = tokenizer(row["prompt"])["input_ids"]

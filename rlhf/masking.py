@@ -23,7 +23,7 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 def masked_var(x: Tensor, mask: Tensor) -> Tensor:
     """Biased variance Σ (x − mean)² / n over the n entries where ``mask`` is True."""
-    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+    return masked_mean((x - masked_mean(x, mask)).where(mask, 0.0) ** 2, mask)
 
 
 def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
@@ -33,10 +33,8 @@ def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor
     spread changes, as for rewards in Ziegler et al. 2019). The variance is the biased one, over the n masked entries.
     """
     mean = masked_mean(x, mask)
-    whitened = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
-    if not shift_mean:
-        whitened = whitened + mean
-    return torch.where(mask, whitened, torch.zeros_like(x))
+    whitened = (x - mean).where(mask, 0.0) * torch.rsqrt(masked_var(x, mask) + 1e-8)
+    return whitened if shift_mean else (whitened + mean).where(mask, 0.0)
 
 
 def mask_through_first(tokens: Tensor, stop_token_id: int) -> Tensor:

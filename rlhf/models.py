@@ -34,6 +34,25 @@ def _require_checkpoint(folder: str | Path) -> Path:
     return folder
 
 
+def _load(auto_class: Any, folder: Path, new_tensors: tuple[str, ...] = (), **settings: Any) -> Any:
+    """``from_pretrained``, refusing the folders whose weights it would partly draw at random, but for ``new_tensors``."""
+    try:
+        model, report = auto_class.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{folder}: cannot read its weights ({reason}); copy or save the folder again") from None
+    mismatched = {name for name, *_ in report["mismatched_keys"]}
+    wrong = sorted(mismatched | set(report["missing_keys"]).difference(new_tensors))
+    if wrong:
+        raise ValueError(
+            f"{folder}: {len(wrong)} tensors are missing or not of the shape that config.json implies (first: "
+            f"{', '.join(wrong[:3])}); save the folder again with save_pretrained"
+        )
+    return model
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0, so that a training-mode forward equals the one that sampled (ratio 1)."""
     for module in model.modules():
@@ -47,9 +66,19 @@ def load_causal_lm(
     folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """A language model from a checkpoint folder, in eval mode and without dropout."""
-    model = AutoModelForCausalLM.from_pretrained(_require_checkpoint(folder), dtype=dtype)
+    model = _load(AutoModelForCausalLM, _require_checkpoint(folder), dtype=dtype)
     disable_dropout(model)
     return model.eval().to(torch.device(device))
+
+
+def causal_lm_with(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> PreTrainedModel:
+    """A new model of the same class and config with other weights, named as in a checkpoint folder; float32, on the CPU.
+
+    They go through ``from_pretrained``, which ties weights and renames tensors as it does for a folder.
+    """
+    other = type(model).from_pretrained(None, config=model.config, state_dict=state_dict, dtype=torch.float32)
+    disable_dropout(other)
+    return other.eval()
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -159,7 +188,7 @@ class ScalarHeadModel(nn.Module):
 
 
 def load_scalar_head_model(
-    folder: str | Path, *, device: str | torch.device = "cpu", zero_head: bool = False
+    folder: str | Path, *, device: str | torch.device = "cpu", zero_head: bool = False, require_head: bool = False
 ) -> ScalarHeadModel:
     """A scalar-head model from a reward-model folder, or from a language model's body with a new head.
 

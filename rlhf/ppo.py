@@ -1,7 +1,7 @@
 """PPO whose KL reference is a soup of supervised-fine-tuned models (SALSA, arXiv 2411.01798), told top to bottom.
 
-    python -m rlhf.ppo                                          # the built-in task: minutes on two cores, nothing to
-    download python -m rlhf.ppo --policy sft1 --reference sft1 sft2 --reward reward --prompts prompts.jsonl --output run
+    python -m rlhf.ppo                    # the built-in task: minutes on two cores, nothing to download
+    python -m rlhf.ppo --policy sft1 --reference sft1 sft2 --reward reward --prompts prompts.jsonl --output run
 
 One update: sample responses, score them, measure the KL to the reference, turn both into token rewards, estimate
 advantages, then train policy and value model on minibatches. With one folder the reference is a plain model, with
@@ -10,15 +10,14 @@ several their average.
 Departures from the PPO of Ziegler et al. 2019 (arXiv 1909.08593) and Stiennon et al. 2020 (arXiv 2009.01325):
 
 - Responses end at the end-of-sequence token instead of having a fixed length; tokens after it do not exist, and the
-  score
-  belongs to the last token that does. Prompts are padded on the left, and masked, never compared with the pad id.
+  score belongs to the last token that does. Prompts are padded on the left, and masked, never compared with the pad id.
 - A response that does not end has ``missing_eos_penalty`` subtracted from its score, not its score replaced.
 - The old log-probabilities come from a forward pass over the finished responses, the same computation as in training,
-  so that
-  the first ratio is 1; those captured while sampling are compared with it (``sampling_gap``).
+  so that the first ratio is 1; those captured while sampling are compared with it (``sampling_gap``).
 - Token rewards are whitened only on request, advantages once per batch, with the biased variance.
-- Policy and value model are separate networks with their own AdamW, so there is no value coefficient; gradients are
-  clipped.
+- Policy and value model are separate networks with their own AdamW (eps 1e-5, no weight decay), so there is no value
+  coefficient. Gradients are clipped; learning rates rise over a few updates and fall linearly to a tenth, not to 0.
+- Held-out responses are sampled at the training temperature, so that their KL is that of the distribution trained.
 - Every loss is a mean over the response tokens of a minibatch (Σ over tokens / their number), whatever their lengths.
 
 A run folder holds ``config.yaml``, ``metrics.jsonl`` (one object an update), ``timings.jsonl``, ``samples.jsonl``,
@@ -74,13 +73,12 @@ def token_rewards(scores: Tensor, token_kl: Tensor, mask: Tensor, kl_coef: float
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438). [B, T] each → advantages, returns [B,
-    T]
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438). [B, T] each → advantages, returns
 
     δ_t = r_t + γ V_{t+1} − V_t;  A_t = δ_t + γλ A_{t+1};  R_t = A_t + V_t
 
-    V and A are 0 after the last response token: a response is an episode and nothing follows it. Results are 0 outside
-    the mask.
+    V and A are 0 after the last response token: a response is an episode and nothing follows it. Results are [B, T],
+    and 0 outside the mask.
     """
     rewards, values = rewards.where(mask, 0.0), values.where(mask, 0.0)
     advantages = torch.zeros_like(rewards)
@@ -94,11 +92,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
 
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate (Schulman et al. 2017, arXiv 1707.06347) per token. [B, T] each → loss [B, T], clipped [B, T]
-    bool
+    """Clipped surrogate (Schulman et al. 2017, arXiv 1707.06347) per token. [B, T] each → loss, clipped [B, T]
 
-    ratio = π/π_old;  loss = −min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A). ``clipped`` marks tokens whose gradient is
-    cut.
+    ratio = π/π_old;  loss = −min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A)
+
+    ``clipped`` is True on tokens whose gradient is cut.
     """
     ratio = torch.exp(logprobs - old_logprobs)
     unclipped = -ratio * advantages
@@ -107,7 +105,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """Clipped squared error per token. [B, T] each → loss [B, T], clipped [B, T] bool
+    """Clipped squared error per token. [B, T] each → loss, clipped [B, T]
 
     V_clip = V_old + clip(V − V_old, −ε, ε);  loss = ½ max((V − R)², (V_clip − R)²).
     """
@@ -174,11 +172,14 @@ class Experience:
 
 
 def names_of(folders: Sequence[str]) -> dict[str, str]:
-    """Short names for folders, {name: folder}: the last path component, more of the path where that is ambiguous."""
+    """Short names for folders, {name: folder}: the last path component, more of the path where that is ambiguous.
+
+    No name is "reference", which metrics use for the reference itself.
+    """
     unique = {str(Path(folder).resolve()): folder for folder in folders}
     parts = [Path(resolved).parts for resolved in unique]
     depth = 1
-    while len({p[-depth:] for p in parts}) < len(parts):
+    while len({p[-depth:] for p in parts} - {("reference",)}) < len(parts):
         depth += 1
     return {"/".join(p[-depth:]): folder for p, folder in zip(parts, unique.values(), strict=True)}
 
@@ -438,6 +439,8 @@ def evaluate_policy(run: Run, when: str) -> tuple[Evaluation, Rollout]:
 
 def log_samples(run: Run, folder: RunFolder, update: int, prompts: str, rollout: Rollout) -> None:
     """The first few responses of a rollout with their rewards, for ``samples.jsonl``."""
+    if run.config.num_samples == 0:
+        return
     few = rollout.rows(slice(0, run.config.num_samples))
     folder.log_samples(update, prompts, few, {name: reward(few) for name, reward in run.rewards.items()})
 
@@ -488,8 +491,8 @@ def train(config: PPOConfig) -> dict[str, Any]:
     run = set_up(config)
     progress = folder.resume(run.trainables) if config.resume else None
     if progress is None:
+        before, before_rollout = evaluate_policy(run, "before")  # first, as it may show the reward to be broken
         folder.create(config, describe_reference(*reference_of(config)))
-        before, before_rollout = evaluate_policy(run, "before")
         log_samples(run, folder, 0, "held-out", before_rollout)
         progress = Progress(update=0, seconds=0.0, kl_coef=config.kl_coef, before=before)
     run.kl_controller.coef = progress.kl_coef
@@ -536,7 +539,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = read_settings(Path(str(config.output)) / "config.yaml")
         config = parse_config(PPOConfig, argv, description=__doc__, defaults=settings)
     elif config.policy is None:
-        from rlhf.reviews import ppo_settings
+        from rlhf.reviews.recipe import ppo_settings
 
         config = parse_config(PPOConfig, argv, description=__doc__, defaults=ppo_settings())
     train(config)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import soupkit
-from rlhf.models import load_causal_lm, require_same_tokenizer, response_log_distributions
+from rlhf.models import causal_lm_with, load_causal_lm, require_same_tokenizer, response_log_distributions
 from rlhf.rollout import Rollout
 
 
@@ -53,10 +53,7 @@ def load_reference(
         require_same_tokenizer(folders[0], folder)
     model = load_causal_lm(folders[0])
     if len(folders) > 1 or weights is not None:
-        soup = soupkit.average(list(folders), weights, dtype=torch.float32, progress=progress)
-        # assign=False copies into the loaded parameters, so tied weights stay tied; a tied name is absent from the
-        # soup.
-        model.load_state_dict(soup, strict=False)
+        model = causal_lm_with(model, soupkit.average(list(folders), weights, dtype=torch.float32, progress=progress))
     return ModelReference(model.to(torch.device(device)))
 
 

@@ -31,6 +31,17 @@ def last_token_scores(model: ScalarHeadModel, tokens: Tensor, attention_mask: Te
     return model(tokens, attention_mask).gather(1, last[:, None]).squeeze(1)
 
 
+def _require_finite(scores: Tensor, rollout: Rollout, name: str) -> Tensor:
+    """The scores, or ValueError that quotes the first prompt and response whose score is NaN or infinite."""
+    if not scores.isfinite().all():
+        index = int((~scores.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"reward {name}: returned {scores[index].item()} for prompt {rollout.prompts[index]!r} and response "
+            f"{rollout.responses[index]!r}; return finite floats"
+        )
+    return scores
+
+
 class ModelReward:
     """score = (head at the last response token − mean) / std; mean and std from ``score_mean``, ``score_std`` in its
     config.
@@ -50,7 +61,7 @@ class ModelReward:
         scores = [
             last_token_scores(self.model, part.tokens, part.attention_mask) for part in rollout.split(self.batch_size)
         ]
-        return (torch.cat(scores) - self.mean) / self.std
+        return _require_finite((torch.cat(scores) - self.mean) / self.std, rollout, self.model.model.name_or_path)
 
 
 class FunctionReward:
@@ -61,20 +72,17 @@ class FunctionReward:
         self.name = name
 
     def __call__(self, rollout: Rollout) -> Tensor:
-        scores = torch.as_tensor(self.function(rollout.prompts, rollout.responses), dtype=torch.float32).cpu()
+        returned = self.function(rollout.prompts, rollout.responses)
+        try:
+            scores = torch.as_tensor(returned, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"reward {self.name}: returned no floats ({error}); return one float each") from None
         if scores.shape != (len(rollout),):
             raise ValueError(
                 f"reward {self.name}: returned shape {tuple(scores.shape)} for {len(rollout)} responses; return "
                 "one float each"
             )
-        if not scores.isfinite().all():
-            index = int((~scores.isfinite()).nonzero()[0])
-            raise ValueError(
-                f"reward {self.name}: returned {scores[index].item()} for prompt {rollout.prompts[index]!r} and "
-                f"response "
-                f"{rollout.responses[index]!r}; return finite floats"
-            )
-        return scores.to(rollout.tokens.device)
+        return _require_finite(scores, rollout, self.name).to(rollout.tokens.device)
 
 
 def load_function(spec: str) -> Callable[[list[str], list[str]], Sequence[float]]:

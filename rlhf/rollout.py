@@ -123,7 +123,8 @@ def sample(
     size = batch_size or len(prompts)
     response_tokens = torch.full((len(prompts), max_new_tokens), tokenizer.pad_token_id)
     logprobs = torch.zeros(len(prompts), max_new_tokens)
-    for start in tqdm(range(0, len(prompts), size), desc=progress, disable=progress is None, leave=False):
+    starts = range(0, len(prompts), size)
+    for start in tqdm(starts, desc=progress, leave=False) if progress else starts:
         rows = slice(start, start + size)
         sampled, sampled_logprobs = _decode(
             model, prompt_tokens[rows].to(device), prompt_mask[rows].to(device), uniforms[rows].to(device), temperature,

@@ -38,6 +38,8 @@ class OptimizationConfig:
         for name in ("warmup_fraction", "adam_beta1", "adam_beta2", "weight_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must not be negative")
         if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}; choose a "

@@ -1,0 +1,182 @@
+"""Tiny models, tokenizers, batches and rewards that several tests share."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlhf.data import Example, TokenBatch
+
+ROOT = Path(__file__).parent.parent
+LETTERS = tuple("abcdefghijklmn")
+WORDS = ("<pad>", "<bos>", "<eos>", "<unk>", "user", "assistant", *LETTERS)
+PAD, BOS, EOS = 0, 1, 2
+CONTEXT = 64
+CHAT_TEMPLATE = "<bos> {% for m in messages %}user {{ m['content'] }} {% endfor %}assistant"
+
+Batch = TypeVar("Batch", bound=TokenBatch)
+
+
+def make_tokenizer(words: Sequence[str] = WORDS, *, begin: bool = True, **settings: Any) -> PreTrainedTokenizerFast:
+    """One token a word; with ``begin``, ``<bos>`` before a text. ``settings`` are those of the class."""
+    ids = {word: index for index, word in enumerate(words)}
+    backend = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    if begin:
+        backend.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])])
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **(special | settings))
+
+
+def llama_config(**settings: Any) -> LlamaConfig:
+    """A Llama of a few thousand weights, spread widely enough that its distributions are far from uniform."""
+    defaults = {
+        "vocab_size": len(WORDS),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": True,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }
+    return LlamaConfig(**(defaults | settings))
+
+
+def make_llama(seed: int, **settings: Any) -> LlamaForCausalLM:
+    """A random Llama in eval mode."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(llama_config(**settings)).eval()
+
+
+def make_gpt2(seed: int) -> GPT2LMHeadModel:
+    """A random GPT-2: unlike Llama's rotary ones, its positions are absolute, and it has dropout."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(WORDS),
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=CONTEXT,
+        initializer_range=0.3,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def random_examples(seed: int, num: int = 6, longest: int = 5) -> list[Example]:
+    """Examples of random letters, 1 to ``longest`` tokens each side, so that no two batches are padded alike."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def letters() -> list[int]:
+        length = int(torch.randint(1, longest + 1, (1,), generator=generator))
+        return torch.randint(len(WORDS) - len(LETTERS), len(WORDS), (length,), generator=generator).tolist()
+
+    return [Example([BOS, *letters()], [*letters(), EOS]) for _ in range(num)]
+
+
+def pad_more(batch: Batch, left: int, right: int) -> Batch:
+    """The batch with more padding on both sides. It holds random tokens, as padding ids must not matter."""
+    generator = torch.Generator().manual_seed(left + 100 * right)
+    rows = len(batch)
+
+    def widened(tensor: torch.Tensor, before: int, random: bool = False) -> torch.Tensor:
+        def block(width: int) -> torch.Tensor:
+            if random:
+                return torch.randint(len(WORDS), (rows, width), generator=generator)
+            return torch.zeros(rows, width, dtype=tensor.dtype)
+
+        return torch.cat([block(before), tensor, block(right)], dim=1)
+
+    changes: dict[str, Any] = {
+        "tokens": widened(batch.tokens, left, random=True),
+        "attention_mask": widened(batch.attention_mask, left),
+        "response_mask": widened(batch.response_mask, 0),
+    }
+    if hasattr(batch, "logprobs"):
+        changes["logprobs"] = widened(batch.logprobs, 0)
+    return replace(batch, **changes)
+
+
+def share_of_a(prompts: list[str], responses: list[str]) -> list[float]:
+    """A reward that is easy to raise: the share of ``a`` among a response's words."""
+    return [response.split().count("a") / max(len(response.split()), 1) for response in responses]
+
+
+def count_words(prompts: list[str], responses: list[str]) -> list[float]:
+    """A second reward: words per response."""
+    return [float(len(response.split())) for response in responses]
+
+
+def one_too_few(prompts: list[str], responses: list[str]) -> list[float]:
+    """A broken reward: one number less than there are responses."""
+    return [0.0] * (len(responses) - 1)
+
+
+def nan_for_second(prompts: list[str], responses: list[str]) -> list[float]:
+    """A broken reward: not a number for the second response."""
+    return [0.0, float("nan")] + [0.0] * (len(responses) - 2)
+
+
+NUM_CALLS = 0
+
+
+def share_of_a_until_killed(prompts: list[str], responses: list[str]) -> list[float]:
+    """:func:`share_of_a` that kills its process with SIGKILL at call number ``KILL_AT_CALL``."""
+    global NUM_CALLS
+    NUM_CALLS += 1
+    if str(NUM_CALLS) == os.environ.get("KILL_AT_CALL"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return share_of_a(prompts, responses)
+
+
+def run_python(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter on this repository and these helpers, with one thread as here."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    variables = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([sys.executable, *arguments], env=variables, capture_output=True, text=True, timeout=300)
+
+
+def ppo_arguments(checkpoints: dict[str, Path], prompts: Any, output: Path, **settings: Any) -> list[str]:
+    """A command line of ``rlhf.ppo`` for a run of seconds; a setting of None is left out, a list gives several values."""
+    defaults = {
+        "policy": checkpoints["first"],
+        "reward": "helpers:share_of_a",
+        "prompts": prompts,
+        "output": output,
+        "updates": 4,
+        "batch_size": 8,
+        "minibatch_size": 4,
+        "max_new_tokens": 6,
+        "eval_episodes": 16,
+        "learning_rate": 1e-2,
+        "value_learning_rate": 1e-2,
+        "warmup_updates": 1,
+        "num_samples": 2,
+    }
+    arguments = []
+    for name, value in (defaults | settings).items():
+        if value is True:
+            arguments.append(f"--{name}")
+        elif value is not None:
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments

@@ -1,0 +1,222 @@
+"""Reading distributions, values and scores off models: padding changes nothing, and rows equal unpadded forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
+
+from helpers import BOS, EOS, PAD, WORDS, llama_config, make_tokenizer, pad_more, random_examples
+from rlhf.checkpointing import save_model
+from rlhf.data import TokenBatch, batch_examples
+from rlhf.models import (
+    ScalarHeadModel,
+    causal_lm_with,
+    gather_logprobs,
+    load_causal_lm,
+    load_scalar_head_model,
+    load_tokenizer,
+    position_ids,
+    require_same_tokenizer,
+    response_log_distributions,
+    response_values,
+)
+from rlhf.rewards import last_token_scores
+
+EXAMPLES = random_examples(seed=0)
+ARCHITECTURES = pytest.mark.parametrize("name", ["first", "gpt2"])  # rotary positions, and absolute ones
+
+
+def logprobs_of(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """Log-probabilities [B, T] of the response tokens at a temperature that is not 1."""
+    return gather_logprobs(response_log_distributions(model, batch, temperature=0.7), batch.response_tokens)
+
+
+def scores_of(model: ScalarHeadModel, batch: TokenBatch) -> Tensor:
+    """Scores as a [B, 1] tensor, in the shape that the checks on [B, T] expect."""
+    return last_token_scores(model, batch.tokens, batch.attention_mask)[:, None]
+
+
+def load(folder: Path, scalar: bool) -> nn.Module:
+    torch.manual_seed(0)  # draws the head that a language model's folder lacks
+    return load_scalar_head_model(folder) if scalar else load_causal_lm(folder)
+
+
+def unpadded(name: Path) -> Iterator[tuple[list[int], int, Tensor]]:
+    """Each example alone, in transformers' own words: ids, prompt length, logits [S, V]."""
+    model = AutoModelForCausalLM.from_pretrained(name).eval()
+    for example in EXAMPLES:
+        with torch.no_grad():
+            yield example.token_ids, len(example.prompt_ids), model(torch.tensor([example.token_ids])).logits[0]
+
+
+def test_position_ids_by_hand() -> None:
+    mask = torch.tensor([[False, False, True, True, False], [True, True, True, True, True]])
+    assert position_ids(mask).tolist() == [[0, 0, 0, 1, 1], [0, 1, 2, 3, 4]]
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize("pad_token_id", [PAD, EOS])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_distributions_equal_those_of_each_row_alone(
+    checkpoints: dict[str, Path], name: str, pad_token_id: int, temperature: float
+) -> None:
+    batch = batch_examples(EXAMPLES, pad_token_id)
+    log_distributions = response_log_distributions(load_causal_lm(checkpoints[name]), batch, temperature)
+    assert log_distributions.shape == (*batch.response_mask.shape, len(WORDS))
+    logprobs = gather_logprobs(log_distributions, batch.response_tokens)
+    for i, (ids, num_prompt, logits) in enumerate(unpadded(checkpoints[name])):
+        num_response = len(ids) - num_prompt
+        expected = (logits[num_prompt - 1 : -1] / temperature).log_softmax(-1)
+        torch.testing.assert_close(log_distributions[i, :num_response], expected, atol=1e-5, rtol=1e-5)
+        for t, token in enumerate(ids[num_prompt:]):
+            assert logprobs[i, t].item() == pytest.approx(expected[t, token].item(), abs=1e-5)
+
+
+@ARCHITECTURES
+def test_values_and_scores_equal_those_of_each_row_alone(checkpoints: dict[str, Path], name: str) -> None:
+    model = load(checkpoints[name], scalar=True)
+    assert isinstance(model, ScalarHeadModel)
+    batch = batch_examples(EXAMPLES, EOS)
+    values, scores = response_values(model, batch), scores_of(model, batch)
+    for i, example in enumerate(EXAMPLES):
+        hidden = model.model.base_model(torch.tensor([example.token_ids])).last_hidden_state[0]
+        expected = hidden @ model.model.score.weight[0]
+        num_prompt, num_response = len(example.prompt_ids), len(example.response_ids)
+        torch.testing.assert_close(values[i, :num_response], expected[num_prompt - 1 : -1], atol=1e-5, rtol=1e-5)
+        assert scores[i].item() == pytest.approx(expected[-1].item(), abs=1e-5)
+
+
+def test_scores_equal_transformers_own_on_unpadded_rows(checkpoints: dict[str, Path]) -> None:
+    batch = batch_examples(EXAMPLES, PAD)
+    scores = scores_of(load_scalar_head_model(checkpoints["reward"]), batch)
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoints["reward"]).eval()
+    expected = [model(torch.tensor([example.token_ids])).logits.item() for example in EXAMPLES]
+    assert scores.squeeze(1).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize(
+    ("read", "scalar"), [(logprobs_of, False), (response_values, True), (scores_of, True)], ids=lambda x: str(x)
+)
+@pytest.mark.parametrize(("left", "right"), [(5, 0), (0, 4), (3, 7)])
+def test_more_padding_changes_neither_values_nor_gradients(
+    checkpoints: dict[str, Path],
+    name: str,
+    read: Callable[[nn.Module, TokenBatch], Tensor],
+    scalar: bool,
+    left: int,
+    right: int,
+) -> None:
+    results = []
+    for batch in (short := batch_examples(EXAMPLES, PAD), pad_more(short, left, right)):
+        model = load(checkpoints[name], scalar)
+        read_values = read(model, batch)
+        width = min(read_values.shape[1], short.response_mask.shape[1])
+        mask = short.response_mask[:, :width] if width > 1 else torch.ones(len(short), 1, dtype=torch.bool)
+        kept = read_values[:, :width].where(mask, 0.0)
+        weights = torch.linspace(-1, 1, kept.numel()).view_as(kept)  # no cancellation, every entry different
+        (weights * kept).sum().backward()
+        gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        results.append((kept.detach(), gradients))
+    (before, gradients_before), (after, gradients_after) = results
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)
+    assert gradients_before.keys() == gradients_after.keys()
+    for key, gradient in gradients_before.items():
+        torch.testing.assert_close(gradients_after[key], gradient, atol=1e-4, rtol=1e-4, msg=key)
+        assert gradient.isfinite().all()
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize("scalar", [False, True])
+def test_training_mode_computes_what_evaluation_mode_does(
+    checkpoints: dict[str, Path], name: str, scalar: bool
+) -> None:
+    """No dropout is left, or the first ratio of PPO would not be 1."""
+    model, batch = load(checkpoints[name], scalar), batch_examples(EXAMPLES, PAD)
+    read = response_values if scalar else logprobs_of
+    assert not model.training
+    before = read(model, batch)  # type: ignore[arg-type]
+    torch.testing.assert_close(read(model.train(), batch), before, rtol=0, atol=0)  # type: ignore[arg-type]
+
+
+def test_bfloat16_models_still_give_float32_distributions(checkpoints: dict[str, Path]) -> None:
+    model = load_causal_lm(checkpoints["first"], dtype=torch.bfloat16)
+    log_distributions = response_log_distributions(model, batch_examples(EXAMPLES, PAD))
+    assert log_distributions.dtype == torch.float32
+    torch.testing.assert_close(log_distributions.exp().sum(-1), torch.ones(log_distributions.shape[:2]))
+
+
+def test_head_starts_at_zero_on_request_or_with_the_standard_deviation_stated(checkpoints: dict[str, Path]) -> None:
+    for name in ("first", "reward"):
+        values = response_values(load_scalar_head_model(checkpoints[name], zero_head=True), batch_examples(EXAMPLES, 0))
+        assert values.abs().max() == 0
+    torch.manual_seed(0)
+    heads = torch.cat([load_scalar_head_model(checkpoints["first"]).head.weight.detach() for _ in range(15)])
+    # 240 draws of variance 1/(16 + 1); the model's own initializer_range of 0.3 would give 1.53 times that
+    assert float(heads.square().mean()) * 17 == pytest.approx(1, abs=0.25)
+
+
+def test_body_of_a_language_model_is_kept(checkpoints: dict[str, Path]) -> None:
+    body = load_scalar_head_model(checkpoints["first"]).body.state_dict()
+    expected = load_causal_lm(checkpoints["first"]).base_model.state_dict()
+    assert body.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(body[name], tensor), name
+
+
+def test_reward_models_with_several_labels_are_refused(tmp_path: Path) -> None:
+    save_model(LlamaForSequenceClassification(llama_config(num_labels=3)), make_tokenizer(), tmp_path / "three")
+    with pytest.raises(ValueError, match=r"three: 3 labels, but a reward model has 1"):
+        load_scalar_head_model(tmp_path / "three")
+
+
+def test_other_weights_in_the_same_architecture(checkpoints: dict[str, Path]) -> None:
+    first, second = (load_causal_lm(checkpoints[name]) for name in ("first", "second"))
+    stored = {name: tensor for name, tensor in second.state_dict().items() if name != "lm_head.weight"}  # tied
+    other, batch = causal_lm_with(first, stored), batch_examples(EXAMPLES, PAD)
+    assert torch.equal(logprobs_of(other, batch), logprobs_of(second, batch))
+    assert not torch.equal(logprobs_of(first, batch), logprobs_of(second, batch))
+    assert other.get_output_embeddings().weight is other.get_input_embeddings().weight
+
+
+def test_tokenizer_pads_on_the_left_with_eos_where_there_is_no_pad_token(checkpoints: dict[str, Path]) -> None:
+    for name, pad in (("first", PAD), ("chat", EOS)):
+        tokenizer = load_tokenizer(checkpoints[name])
+        assert (tokenizer.pad_token_id, tokenizer.padding_side) == (pad, "left")
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, EOS)
+    with pytest.raises(ValueError, match="no_eos: its tokenizer has no end-of-sequence token"):
+        load_tokenizer(checkpoints["no_eos"])
+
+
+def test_folders_that_are_no_checkpoints_are_named(tmp_path: Path) -> None:
+    for load_folder in (load_causal_lm, load_tokenizer, load_scalar_head_model):
+        with pytest.raises(FileNotFoundError, match=r"absent: no such folder"):
+            load_folder(tmp_path / "absent")
+        with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+            load_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        ("larger_vocabulary", "vocabulary of 21 tokens, but .*first has 20"),
+        ("reordered_vocabulary", r"tokenizer differs from that of .*first in 14 tokens \(first: \['a', 'b', 'c'\]\)"),
+        ("other_eos", "end-of-sequence token 'n', but .*first has '<eos>'"),
+    ],
+)
+def test_different_tokenizers_are_refused_with_both_folders(
+    checkpoints: dict[str, Path], second: str, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{second}: .*{reason}") as error:
+        require_same_tokenizer(checkpoints["first"], checkpoints[second])
+    assert "\n" not in str(error.value)
+
+
+def test_same_tokenizer_passes_also_where_pad_tokens_or_chat_templates_differ(checkpoints: dict[str, Path]) -> None:
+    for name in ("first", "second", "gpt2", "chat"):
+        require_same_tokenizer(checkpoints["first"], checkpoints[name])
