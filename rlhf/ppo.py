@@ -44,7 +44,7 @@ from rlhf.config import PPOConfig, parse_config, read_settings, run_command
 from rlhf.data import Prompt, load_prompts
 from rlhf.evaluation import Evaluation, evaluate
 from rlhf.masking import masked_mean, masked_sum, masked_whiten
-from rlhf.metrics import Estimate, explained_variance, mean_estimate, peak_memory_bytes, ratio_estimate, table
+from rlhf.metrics import explained_variance, mean_estimate, peak_memory_bytes, ratio_estimate
 from rlhf.models import (
     ScalarHeadModel,
     gather_logprobs,
@@ -60,6 +60,7 @@ from rlhf.reference import ModelReference, describe_reference, load_reference
 from rlhf.rewards import Reward, load_reward
 from rlhf.rollout import Rollout, sample
 from rlhf.run_folder import Progress, RunFolder, Trainables
+from rlhf.summary import summarise, summary_table
 
 # ── The maths ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # B responses, T response tokens; a mask is True on tokens that count.
@@ -445,45 +446,6 @@ def log_samples(run: Run, folder: RunFolder, update: int, prompts: str, rollout:
     folder.log_samples(update, prompts, few, {name: reward(few) for name, reward in run.rewards.items()})
 
 
-def summarise(run: Run, before: Evaluation, after: Evaluation, seconds: float) -> dict[str, Any]:
-    """The content of ``summary.json``; KL by the exact estimator, in nats per response, entropy in nats per token."""
-
-    def both(first: Estimate, second: Estimate) -> dict[str, float]:
-        return {
-            "before": first.mean,
-            "before_stderr": first.stderr,
-            "after": second.mean,
-            "after_stderr": second.stderr,
-        }
-
-    rewards: dict[str, Any] = {"gold_reward": None}
-    rewards |= {name: both(before.rewards[name], after.rewards[name]) for name in run.rewards}
-    return {
-        "proxy_reward": rewards["proxy_reward"],
-        "gold_reward": rewards["gold_reward"],
-        "entropy": both(before.entropy, after.entropy),
-        "response_length": both(before.response_length, after.response_length),
-        "kl": {name: both(before.kl[name], after.kl[name]) for name in before.kl},
-        "updates": run.config.updates,
-        "episodes": run.config.updates * run.config.batch_size,
-        "seconds": seconds,
-        "peak_memory_bytes": peak_memory_bytes(run.device),
-    }
-
-
-def summary_table(summary: dict[str, Any]) -> str:
-    """The summary as a table for people: before, after, and the change in standard errors of the difference."""
-    measures = {name.replace("_", " "): summary[name] for name in ("proxy_reward", "gold_reward") if summary[name]}
-    measures |= {f"KL to {name} (nats)": value for name, value in summary["kl"].items()}
-    measures |= {"entropy (nats/token)": summary["entropy"], "response length (tokens)": summary["response_length"]}
-    rows = [["held-out prompts", "before", "after", "change"]]
-    for name, m in measures.items():
-        change, error = m["after"] - m["before"], (m["before_stderr"] ** 2 + m["after_stderr"] ** 2) ** 0.5
-        cells = [f"{m[when]:.3f} ± {m[f'{when}_stderr']:.3f}" for when in ("before", "after")]
-        rows.append([name, *cells, f"{change:+.3f}" + (f" ({change / error:+.1f} SE)" if error > 0 else "")])
-    return table(rows)
-
-
 def train(config: PPOConfig) -> dict[str, Any]:
     """Run PPO as ``config`` says, writing the run folder as it goes; returns the summary."""
     started = time.perf_counter()
@@ -524,7 +486,14 @@ def train(config: PPOConfig) -> dict[str, Any]:
                 folder.checkpoint(state, run.trainables, run.tokenizer, config.keep_checkpoints)
 
     after, after_rollout = evaluate_policy(run, "after")
-    summary = summarise(run, progress.before, after, seconds())
+    summary = summarise(
+        progress.before,
+        after,
+        updates=config.updates,
+        episodes=config.updates * config.batch_size,
+        seconds=seconds(),
+        peak_memory_bytes=peak_memory_bytes(run.device),
+    )
     log_samples(run, folder, config.updates, "held-out", after_rollout)
     folder.finish(run.policy, run.tokenizer, summary)
     print(summary_table(summary))

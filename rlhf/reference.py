@@ -54,7 +54,7 @@ def load_reference(
     model = load_causal_lm(folders[0])
     if len(folders) > 1 or weights is not None:
         model = causal_lm_with(model, soupkit.average(list(folders), weights, dtype=torch.float32, progress=progress))
-    return ModelReference(model.to(torch.device(device)))
+    return ModelReference(model.eval().to(torch.device(device)))
 
 
 def describe_reference(folders: Sequence[str | Path], weights: Sequence[float] | None = None) -> dict[str, Any]:
