@@ -92,7 +92,9 @@ def plot_plane(result: Plane, metric: str, ax: Axes | None = None, *, levels: in
     options: dict[str, Any] = {"levels": levels, "cmap": "viridis"}
     filled = ax.contourf(result.x, result.y, surface, **options | style)
     line_levels = np.asarray(filled.levels)[::2]
-    lines = ax.contour(result.x, result.y, surface, levels=line_levels, colors="white", linewidths=0.6)
+    lines = ax.contour(
+        result.x, result.y, surface, levels=line_levels, colors="white", linewidths=0.6, linestyles="solid"
+    )
     _drop_labels_near_edges(ax, ax.clabel(lines, fontsize=7, fmt="%.3g"))
     figure = ax.get_figure()
     assert figure is not None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import EOS, WORDS, make_llama, make_tokenizer
+from helpers import EOS, WORDS, make_gpt2, make_llama, make_tokenizer
 from transformers import LlamaForCausalLM
 
 from analysis import KLMatrix, kl_matrix
@@ -38,16 +38,21 @@ def log_probability(model: LlamaForCausalLM, prompt: list[int], response: list[i
     return sum(float(log_p[len(prompt) - 1 + t, token]) for t, token in enumerate(response))
 
 
+def enumerated(model: LlamaForCausalLM, prompt: list[int], temperature: float = 1.0) -> np.ndarray:
+    log_p = np.array([log_probability(model, prompt, response, temperature) for response in all_responses()])
+    assert np.exp(log_p).sum() == pytest.approx(1, abs=1e-6)  # the enumeration is complete
+    return log_p
+
+
+def exact_kl(log_p: np.ndarray, log_q: np.ndarray) -> float:
+    return float((np.exp(log_p) * (log_p - log_q)).sum())
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_matches_the_enumeration_of_all_responses(temperature: float) -> None:
     models = {"a": llama(1), "b": llama(2), "c": llama(3)}
     prompt = [1, 3]
-    log_p = {
-        name: np.array([log_probability(model, prompt, response, temperature) for response in all_responses()])
-        for name, model in models.items()
-    }
-    for values in log_p.values():
-        assert np.exp(values).sum() == pytest.approx(1, abs=1e-6)  # the enumeration is complete
+    log_p = {name: enumerated(model, prompt, temperature) for name, model in models.items()}
     matrix = kl_matrix(
         models,
         [Prompt("", prompt)],
@@ -58,16 +63,29 @@ def test_matches_the_enumeration_of_all_responses(temperature: float) -> None:
         seed=5,
         progress=False,
     )
-    for row in models:
-        for column in models:
-            expected = float((np.exp(log_p[row]) * (log_p[row] - log_p[column])).sum())
-            estimate = matrix[row, column]
-            assert estimate.mean == pytest.approx(expected, abs=4 * estimate.stderr + 1e-9)
-            if row != column:
-                assert 0 < estimate.stderr < 0.03 * expected
-                # Direction matters: the error bars tell KL(row ‖ column) from KL(column ‖ row).
-                reverse = float((np.exp(log_p[column]) * (log_p[column] - log_p[row])).sum())
-                assert abs(reverse - expected) > 8 * estimate.stderr
+    for row, column in permutations(models, 2):
+        expected, estimate = exact_kl(log_p[row], log_p[column]), matrix[row, column]
+        assert estimate.mean == pytest.approx(expected, abs=4 * estimate.stderr)
+        assert 0 < estimate.stderr < 0.03 * expected
+        # Direction matters: the error bars tell KL(row ‖ column) from KL(column ‖ row).
+        assert abs(exact_kl(log_p[column], log_p[row]) - expected) > 8 * estimate.stderr
+
+
+def test_standard_error_is_over_prompts() -> None:
+    models = {"a": llama(1), "b": llama(2)}
+    prompts = [[3, 0], [0, 0]]
+    one, two = (exact_kl(enumerated(models["a"], prompt), enumerated(models["b"], prompt)) for prompt in prompts)
+    matrix = kl_matrix(
+        models,
+        [Prompt("", prompt) for prompt in prompts],
+        make_tokenizer(SPECIAL),
+        max_new_tokens=LENGTH,
+        num_responses=2000,
+        progress=False,
+    )
+    assert matrix["a", "b"].mean == pytest.approx((one + two) / 2, rel=0.03)
+    # Of two values: |x − y| / √2 is their standard deviation, divided by √2 the error of their mean.
+    assert matrix["a", "b"].stderr == pytest.approx(abs(one - two) / 2, rel=0.1)
 
 
 def test_diagonal_is_zero_and_runs_are_alike() -> None:
@@ -109,6 +127,21 @@ def test_models_are_left_as_they_were(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.mean, matrix.mean)
     np.testing.assert_array_equal(loaded.stderr, matrix.stderr)
     assert (loaded.names, loaded.metadata) == (matrix.names, matrix.metadata)
+
+
+def test_dropout_is_off_whatever_the_models_mode() -> None:
+    prompts = [Prompt("", [1, 7, 8])] * 8
+    one, two = (
+        kl_matrix(
+            {name: make_gpt2(seed).train(training) for name, seed in (("a", 1), ("b", 2))},
+            prompts,
+            make_tokenizer(),
+            max_new_tokens=4,
+            progress=False,
+        )
+        for training in (True, False)
+    )
+    np.testing.assert_array_equal(one.mean, two.mean)
 
 
 def test_bad_input_is_named() -> None:

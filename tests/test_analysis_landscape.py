@@ -309,17 +309,21 @@ def test_loss_of_a_uniform_model_is_log_v() -> None:
 
 def test_sampled_measures_one_rollout_every_way() -> None:
     prompts = [Prompt("p", [1, 2]), Prompt("q", [3])] * 8
-    metric = metrics.sampled(
-        prompts,
-        make_tokenizer(),
-        rewards={"gold_reward": lambda rollout: rollout.response_lengths.float() * 2},
-        references={"self": ModelReference(make_llama(1)), "other": ModelReference(make_llama(2))},
-        max_new_tokens=5,
-        seed=3,
+    metric, other_seed = (
+        metrics.sampled(
+            prompts,
+            make_tokenizer(),
+            rewards={"gold_reward": lambda rollout: rollout.response_lengths.float() * 2},
+            references={"self": ModelReference(make_llama(1)), "other": ModelReference(make_llama(2))},
+            max_new_tokens=5,
+            seed=seed,
+        )
+        for seed in (3, 4)
     )
     once, again, other = metric(make_llama(1)), metric(make_llama(1)), metric(make_llama(2))
     assert list(once) == ["gold_reward", "kl/self", "kl/other", "entropy", "response_length"]
     assert once == again
+    assert other_seed(make_llama(1)) != once
     assert once["kl/self"] == (0, 0)
     assert other["kl/other"] == (0, 0)
     assert once["kl/other"].mean > 0.1
@@ -398,6 +402,16 @@ def test_saving_and_loading_loses_nothing(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(getattr(loaded, field), value)
             else:
                 assert getattr(loaded, field) == value
+
+
+def test_failed_save_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    result = line({"a": vector(0, 0), "b": vector(8, 0)}, {"m": first}, model=Vector(), steps=2, progress=False)
+    before = result.save(tmp_path / "line.npz").read_bytes()
+    result.metadata["unfit for JSON"] = object()
+    with pytest.raises(TypeError):
+        result.save(tmp_path / "line.npz")
+    assert [file.name for file in tmp_path.iterdir()] == ["line.npz"]
+    assert (tmp_path / "line.npz").read_bytes() == before
 
 
 # ── Bad input ─────────────────────────────────────────────────────────────────────────────────────────────────────────

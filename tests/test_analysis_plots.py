@@ -95,7 +95,9 @@ def test_unfinished_plane_is_drawn() -> None:
 
 
 def test_kl_matrix_writes_its_numbers() -> None:
-    assert {"12.35\n± 0.21", "0.678\n± 0.034", "0", "sft1", "policy"} <= texts(plots.plot_kl_matrix(MATRIX))
+    ax = plots.plot_kl_matrix(MATRIX)
+    assert {"12.35\n± 0.21", "0.678\n± 0.034", "0", "sft1", "policy"} <= texts(ax)
+    assert {text.get_text(): text.get_position() for text in ax.texts}["12.35\n± 0.21"] == (1, 0)  # column, row
 
 
 def test_reward_kl_reads_rows_and_run_folders(tmp_path: Path) -> None:
