@@ -22,13 +22,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data import Example, Prompt
-from rlhf.evaluation import evaluate
+from rlhf.evaluation import evaluate, evaluate_loss
 from rlhf.metrics import Estimate
 from rlhf.randomness import generator
 from rlhf.reference import Reference
 from rlhf.rewards import Reward
 from rlhf.rollout import sample
-from rlhf.sft import evaluate_loss
 
 Value = float | tuple[float, float]
 Metric = Callable[[Any], Value | Mapping[str, Value]]

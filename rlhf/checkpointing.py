@@ -1,4 +1,4 @@
-"""Writing folders that are either whole or absent."""
+"""Writing folders that are either whole or absent, and where those made once are kept."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ def require_new(folder: str | Path) -> Path:
     if folder.exists():
         raise FileExistsError(f"{folder}: exists already; choose another --output or remove it")
     return folder
+
+
+def cache_directory() -> Path:
+    """Where what is made once is kept: ``$SOUPKIT_CACHE``, ``$XDG_CACHE_HOME/soupkit``, or ``~/.cache/soupkit``."""
+    if "SOUPKIT_CACHE" in os.environ:
+        return Path(os.environ["SOUPKIT_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "soupkit"
 
 
 @contextmanager

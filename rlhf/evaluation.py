@@ -1,9 +1,9 @@
-"""What a policy is worth on held-out prompts: rewards, distance from other models, entropy, length."""
+"""What a model is worth on held-out data: rewards, distance from other models, entropy, length, loss."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf import kl
+from rlhf.data import Example, batch_examples
+from rlhf.masking import masked_sum
 from rlhf.metrics import Estimate, mean_estimate, ratio_estimate
-from rlhf.models import response_log_distributions
+from rlhf.models import gather_logprobs, response_log_distributions
 from rlhf.reference import Reference
 from rlhf.rewards import Reward
 from rlhf.rollout import Rollout
@@ -83,3 +85,17 @@ def evaluate(
         entropy=ratio_estimate(entropies, rollout.response_lengths),
         response_length=mean_estimate(rollout.response_lengths),
     )
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, *, batch_size: int = 32
+) -> Estimate:
+    """Mean negative log-likelihood per response token in nats, Σ nll / Σ tokens, with its standard error."""
+    sums, counts = [], []
+    for start in range(0, len(examples), batch_size):
+        batch = batch_examples(examples[start : start + batch_size], pad_token_id, model.device)
+        logprobs = gather_logprobs(response_log_distributions(model, batch), batch.response_tokens)
+        sums.append(-masked_sum(logprobs, batch.response_mask, dim=1))
+        counts.append(batch.response_lengths)
+    return ratio_estimate(torch.cat(sums), torch.cat(counts))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -35,7 +36,7 @@ def _require_checkpoint(folder: str | Path) -> Path:
 
 
 def _load(auto_class: Any, folder: Path, new_tensors: tuple[str, ...] = (), **settings: Any) -> Any:
-    """``from_pretrained``, refusing the folders whose weights it would partly draw at random, but for ``new_tensors``."""
+    """``from_pretrained``, refusing a folder whose weights it would partly draw at random (but for ``new_tensors``)."""
     try:
         model, report = auto_class.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **settings
@@ -72,7 +73,7 @@ def load_causal_lm(
 
 
 def causal_lm_with(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> PreTrainedModel:
-    """A new model of the same class and config with other weights, named as in a checkpoint folder; float32, on the CPU.
+    """A new model of the same class and config with other weights, named as in a checkpoint; float32, on the CPU.
 
     They go through ``from_pretrained``, which ties weights and renames tensors as it does for a folder.
     """
@@ -193,7 +194,8 @@ def load_scalar_head_model(
     """A scalar-head model from a reward-model folder, or from a language model's body with a new head.
 
     ``zero_head`` starts the head at 0, so that every value is 0 before training (Ziegler et al. 2019); otherwise a head
-    that the folder lacks is drawn from N(0, 1/(d+1)) (Stiennon et al. 2020), d the hidden size.
+    that the folder lacks is drawn from N(0, 1/(d+1)) (Stiennon et al. 2020), d the hidden size. ``require_head``
+    refuses a folder without a head.
     """
     folder = _require_checkpoint(folder)
     config = AutoConfig.from_pretrained(folder)
@@ -202,9 +204,14 @@ def load_scalar_head_model(
         raise ValueError(
             f"{folder}: {config.num_labels} labels, but a reward model has 1; train it with rlhf.reward_model"
         )
+    if require_head and not has_head:
+        raise ValueError(
+            f"{folder}: a language model, without a reward head; train one from it with python -m rlhf.reward_model"
+        )
     config.num_labels = 1
+    new_tensors = () if has_head else ("score.weight",)
     with _quiet_loading(has_head):
-        model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+        model = _load(AutoModelForSequenceClassification, folder, new_tensors, config=config, dtype=torch.float32)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise ValueError(
             f"{folder}: {type(model).__name__} has no linear head named score; use a decoder-only language model"

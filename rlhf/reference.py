@@ -27,7 +27,7 @@ class Reference(Protocol):
 
 
 class ModelReference:
-    """A frozen language model as the reference; a soup is one model too."""
+    """A language model as the reference, which it freezes in place; a soup is one model too."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval().requires_grad_(False)

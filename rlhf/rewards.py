@@ -61,7 +61,7 @@ class ModelReward:
         scores = [
             last_token_scores(self.model, part.tokens, part.attention_mask) for part in rollout.split(self.batch_size)
         ]
-        return _require_finite((torch.cat(scores) - self.mean) / self.std, rollout, self.model.model.name_or_path)
+        return _require_finite((torch.cat(scores) - self.mean) / self.std, rollout, str(self.model.model.name_or_path))
 
 
 class FunctionReward:
@@ -110,7 +110,7 @@ def load_reward(
     """
     if os.path.isdir(spec):
         require_same_tokenizer(policy, spec)
-        return ModelReward(load_scalar_head_model(spec, device=device), batch_size)
+        return ModelReward(load_scalar_head_model(spec, device=device, require_head=True), batch_size)
     if ":" not in str(spec):
         raise ValueError(f"reward {spec}: neither a checkpoint folder nor module:function; give one of the two")
     return FunctionReward(load_function(str(spec)), str(spec))

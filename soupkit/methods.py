@@ -4,8 +4,8 @@ A method sees the same block of every ingredient, flat and already in the workin
 without changing its input. What it gives at a position depends on the ingredients at that position alone, so a tensor
 may be cut anywhere. What a method must know of the whole tensors reaches it as their Gram matrix.
 
-Products and sums are written as separate operations on purpose: torch fuses ``lerp`` and ``addcmul`` in its vector loop
-but not in the remainder of a block, so their last bit would depend on where the block was cut.
+Products and sums are written as separate operations on purpose: where torch fuses them into one rounding, as in
+``add(alpha=...)``, depends on its build and the machine, while separate operations give the same bits everywhere.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import CHAT_TEMPLATE, LETTERS, WORDS, llama_config, make_gpt2, make_llama, make_tokenizer
 from transformers import LlamaForSequenceClassification
 
-from helpers import CHAT_TEMPLATE, LETTERS, WORDS, llama_config, make_gpt2, make_llama, make_tokenizer
 from rlhf.checkpointing import save_model
 
 torch.set_num_threads(1)
@@ -37,7 +37,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "third": (make_llama(3), tokenizer),
         "gpt2": (make_gpt2(4), tokenizer),
         "reward": (reward, tokenizer),
-        "chat": (make_llama(1), make_tokenizer(pad_token=None, extra_special_tokens=["<pad>"], chat_template=CHAT_TEMPLATE)),
+        "chat": (
+            make_llama(1),
+            make_tokenizer(pad_token=None, extra_special_tokens=["<pad>"], chat_template=CHAT_TEMPLATE),
+        ),
         "larger_vocabulary": (make_llama(5, vocab_size=21), make_tokenizer((*WORDS, "o"))),
         "reordered_vocabulary": (make_llama(6), make_tokenizer(reordered)),
         "other_eos": (make_llama(6), make_tokenizer(eos_token="n")),

@@ -156,13 +156,13 @@ def run_python(arguments: Sequence[str], **environment: str) -> subprocess.Compl
     return subprocess.run([sys.executable, *arguments], env=variables, capture_output=True, text=True, timeout=300)
 
 
-def ppo_arguments(checkpoints: dict[str, Path], prompts: Any, output: Path, **settings: Any) -> list[str]:
-    """A command line of ``rlhf.ppo`` for a run of seconds; a setting of None is left out, a list gives several values."""
+def ppo_arguments(checkpoints: dict[str, Path], prompt_file: Path, run: Path, **settings: Any) -> list[str]:
+    """A command line of ``rlhf.ppo`` for a run of seconds; None leaves a setting out, a list gives several values."""
     defaults = {
         "policy": checkpoints["first"],
         "reward": "helpers:share_of_a",
-        "prompts": prompts,
-        "output": output,
+        "prompts": prompt_file,
+        "output": run,
         "updates": 4,
         "batch_size": 8,
         "minibatch_size": 4,

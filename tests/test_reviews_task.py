@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import rlhf.reviews.__main__ as command
 from rlhf.config import run_command
 from rlhf.data import load_examples, load_pairs
+from rlhf.evaluation import evaluate_loss
 from rlhf.models import load_causal_lm, load_scalar_head_model, load_tokenizer, require_same_tokenizer
 from rlhf.reviews import ReviewsTask, gold_reward, task, tiny_task
 from rlhf.reviews.grammar import split_prompts
 from rlhf.reviews.task import FULL, NO_NOISE, TINY, Samples, cached_task, version
 from rlhf.reward_model import accuracy
 from rlhf.rollout import Rollout
-from rlhf.sft import evaluate_loss
 
 
 @pytest.fixture(scope="module")

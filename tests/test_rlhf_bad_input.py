@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import CONTEXT, ppo_arguments, run_python
 from safetensors.torch import load_file, save_file
 
-from helpers import CONTEXT, ppo_arguments, run_python
 from rlhf import ppo, reward_model, sft
 from rlhf.config import run_command
 
@@ -68,66 +68,66 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[-1]
 
 
-# changed settings (names are looked up in `place`), what the line must say
-FITTING: list[tuple[dict[str, Any], str]] = [
-    ({"policy": None}, "--policy, --reward and --prompts belong together"),
+# changed settings (@NAME is a path, see `place`), and what the line must say
+REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"reward": None}, "--policy, --reward and --prompts belong together"),
     ({"prompts": None}, "--policy, --reward and --prompts belong together"),
-    ({"policy": "absent"}, "absent: no such folder"),
-    ({"reference": ["first", "absent"]}, "absent: no such folder"),
-    ({"track_kl": ["absent"]}, "absent: no such folder"),
-    ({"policy": "weightless"}, "weightless"),
-    ({"policy": "torn"}, "torn"),
-    ({"policy": "lacking"}, r"lacking.*model\.norm\.weight"),
-    ({"policy": "misshapen"}, r"misshapen.*model\.norm\.weight"),
-    ({"policy": "no_eos"}, "no_eos: its tokenizer has no end-of-sequence token"),
-    ({"reference": ["lacking"]}, r"lacking.*model\.norm\.weight"),
-    ({"reference": ["first", "lacking"]}, r"(first.*lacking|lacking.*first).*model\.norm\.weight|model\.norm\.weight.*lacking"),
-    ({"reference": ["first", "renamed"]}, r"renamed.*model\.(norm|extra)\.weight"),
-    ({"reference": ["first", "misshapen"]}, r"misshapen"),
-    ({"reference": ["first", "torn"]}, "torn"),
-    ({"reference": ["first", "wider"]}, "wider"),
-    ({"reference": ["first", "shallower"]}, "shallower"),
-    ({"reference": ["larger_vocabulary"]}, "larger_vocabulary: vocabulary of 21 tokens, but .*first has 20"),
-    ({"reference": ["first", "larger_vocabulary"]}, "larger_vocabulary: vocabulary of 21 tokens, but .*first has 20"),
-    ({"reference": ["reordered_vocabulary"]}, "reordered_vocabulary: its tokenizer differs from that of .*first"),
-    ({"reference": ["other_eos"]}, "other_eos: end-of-sequence token 'n', but .*first has '<eos>'"),
-    ({"track_kl": ["reordered_vocabulary"]}, "reordered_vocabulary: its tokenizer differs from that of .*first"),
-    ({"reference": ["first", "second"], "reference_weights": [1]}, "weight"),
-    ({"reference": ["first", "second"], "reference_weights": [1, 1, 1]}, "weight"),
-    ({"reference": ["first", "second"], "reference_weights": [1, -1]}, "-1"),
-    ({"reference": ["first", "second"], "reference_weights": [0, 0]}, "weights"),
+    ({"policy": "@absent"}, "absent: no such folder"),
+    ({"reference": ["@first", "@absent"]}, "absent: no such folder"),
+    ({"track_kl": ["@absent"]}, "absent: no such folder"),
+    ({"policy": "@weightless"}, "weightless"),
+    ({"policy": "@torn"}, "torn"),
+    ({"policy": "@lacking"}, r"lacking.*model\.norm\.weight"),
+    ({"policy": "@misshapen"}, r"misshapen.*model\.norm\.weight"),
+    ({"policy": "@no_eos"}, "no_eos: its tokenizer has no end-of-sequence token"),
+    ({"reference": ["@lacking"]}, r"lacking.*model\.norm\.weight"),
+    ({"reference": ["@first", "@lacking"]}, r"^(?=.*/first\b)(?=.*/lacking\b).*model\.norm\.weight"),
+    ({"reference": ["@first", "@renamed"]}, r"^(?=.*/first\b)(?=.*/renamed\b).*model\.(norm|extra)\.weight"),
+    ({"reference": ["@first", "@misshapen"]}, r"^(?=.*/first\b)(?=.*/misshapen\b).*model\.norm\.weight"),
+    ({"reference": ["@first", "@torn"]}, "torn"),
+    ({"reference": ["@first", "@wider"]}, r"^(?=.*/first\b).*/wider\b"),
+    ({"reference": ["@first", "@shallower"]}, r"^(?=.*/first\b).*/shallower\b"),
+    ({"reference": ["@larger_vocabulary"]}, "larger_vocabulary: vocabulary of 21 tokens, but .*first has 20"),
+    ({"reference": ["@first", "@larger_vocabulary"]}, "larger_vocabulary: vocabulary of 21 tokens, but .*first has 20"),
+    ({"reference": ["@reordered_vocabulary"]}, "reordered_vocabulary: its tokenizer differs from that of .*first"),
+    ({"reference": ["@other_eos"]}, "other_eos: end-of-sequence token 'n', but .*first has '<eos>'"),
+    ({"track_kl": ["@reordered_vocabulary"]}, "reordered_vocabulary: its tokenizer differs from that of .*first"),
+    ({"reference": ["@first", "@second"], "reference_weights": [1]}, "weight"),
+    ({"reference": ["@first", "@second"], "reference_weights": [1, 1, 1]}, "weight"),
+    ({"reference": ["@first", "@second"], "reference_weights": [1, -1]}, "-1"),
+    ({"reference": ["@first", "@second"], "reference_weights": [0, 0]}, "weights"),
     ({"reference_weights": [1, 1]}, "weight"),
-    ({"reward": "larger_vocabulary"}, "larger_vocabulary: vocabulary of 21 tokens"),
-    ({"reward": "reordered_vocabulary"}, "reordered_vocabulary: its tokenizer differs"),
-    ({"reward": "absent"}, "reward .*absent: neither a checkpoint folder nor module:function"),
-    ({"reward": "first"}, "first: .*no reward head|first: .*rlhf.reward_model"),
+    ({"reward": "@larger_vocabulary"}, "larger_vocabulary: vocabulary of 21 tokens"),
+    ({"reward": "@reordered_vocabulary"}, "reordered_vocabulary: its tokenizer differs"),
+    ({"reward": "@absent"}, "reward .*absent: neither a checkpoint folder nor module:function"),
+    ({"reward": "@first"}, "first: a language model, without a reward head; train one"),
     ({"reward": "no_module:f"}, "reward no_module:f: cannot import 'no_module'"),
     ({"reward": "helpers:no_function"}, "module helpers has no function 'no_function'"),
     ({"gold_reward": "helpers:no_function"}, "module helpers has no function 'no_function'"),
-    ({"prompts": "absent.txt"}, r"absent\.txt: no such file"),
-    ({"prompts": "empty.txt"}, r"empty\.txt: no prompts"),
-    ({"prompts": "one.txt"}, r"one\.txt: one prompt cannot be split; add prompts, or give --test[-_]prompts"),
-    ({"prompts": "long.txt"}, rf"long\.txt:2: prompt of {CONTEXT - 5} tokens, but only {CONTEXT - 6} fit"),
-    ({"test_prompts": "long.txt"}, r"long\.txt:2: prompt of"),
-    ({"test_prompts": "empty.txt"}, r"empty\.txt: no prompts"),
-    ({"prompts": "rows.jsonl"}, r"rows\.jsonl:2: has neither a string prompt nor a list messages"),
-    ({"prompts": "garbled.jsonl"}, r"garbled\.jsonl:2: not JSON"),
+    ({"prompts": "@absent.txt"}, r"absent\.txt: no such file"),
+    ({"prompts": "@empty.txt"}, r"empty\.txt: no prompts"),
+    ({"prompts": "@one.txt"}, r"one\.txt: one prompt cannot be split; add prompts, or give --test[-_]prompts"),
+    ({"prompts": "@long.txt"}, rf"long\.txt:2: prompt of {CONTEXT - 5} tokens, but only {CONTEXT - 6} fit"),
+    ({"test_prompts": "@long.txt"}, r"long\.txt:2: prompt of"),
+    ({"test_prompts": "@empty.txt"}, r"empty\.txt: no prompts"),
+    ({"prompts": "@rows.jsonl"}, r"rows\.jsonl:2: has neither a string prompt nor a list messages"),
+    ({"prompts": "@garbled.jsonl"}, r"garbled\.jsonl:2: not JSON"),
     ({"max_new_tokens": CONTEXT}, "max_new_tokens|prompt of"),
     ({"minibatch_size": 3}, "minibatch_size=3 does not divide batch_size=8; choose a divisor"),
     ({"updates": 0}, "updates=0: must be greater than 0"),
     ({"updates": "many"}, "invalid int value: 'many'"),
     ({"no_such_setting": 1}, "no_such_setting"),
-    ({"config": "unknown.yaml"}, r"unknown\.yaml: unknown setting 'learning_rates'; did you mean 'learning_rate'\?"),
-    ({"config": "absent.yaml"}, r"absent\.yaml: no such configuration file"),
+    ({"config": "@unknown.yaml"}, r"unknown\.yaml: unknown setting 'learning_rates'; did you mean 'learning_rate'\?"),
+    ({"config": "@absent.yaml"}, r"absent\.yaml: no such configuration file"),
     ({"value_init": "reward"}, "value_init=reward, but helpers:share_of_a is no reward-model folder"),
-    ({"resume": True}, "run: no run to resume"),
+    ({"resume": True}, r"run: no run to resume|run/config\.yaml: no such"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), FITTING, ids=lambda x: str(x) if isinstance(x, dict) else "")
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=lambda x: str(x) if isinstance(x, dict) else "")
 def test_ppo_refuses(
     checkpoints: dict[str, Path],
+    prompt_file: Path,
     place: Place,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -138,13 +138,11 @@ def test_ppo_refuses(
     def located(value: Any) -> Any:
         if isinstance(value, list):
             return [located(item) for item in value]
-        return place(value) if isinstance(value, str) and (":" not in value and value not in ("reward", "many")) else value
+        return place(value[1:]) if str(value).startswith("@") else value
 
-    if changes.get("value_init") is None:
-        changes = {name: located(value) for name, value in changes.items()}
     monkeypatch.setattr(ppo, "sample", lambda *args, **kwargs: pytest.fail("sampled before all input was checked"))
     output = tmp_path / "runs" / "run"
-    arguments = ppo_arguments(checkpoints, Path(place("prompts")), output, **changes)
+    arguments = ppo_arguments(checkpoints, prompt_file, output, **{n: located(v) for n, v in changes.items()})
     assert run_command(ppo.main, arguments) == 2
     assert re.search(message, error_line(capsys))
     assert list(tmp_path.iterdir()) == []
@@ -189,9 +187,7 @@ def test_an_output_folder_that_exists_is_refused_and_left_alone(
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
-def test_a_finished_run_is_not_resumed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_is_not_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text("updates: 3\n", encoding="utf-8")
     (tmp_path / "summary.json").write_text("{}", encoding="utf-8")
     assert run_command(ppo.main, ["--output", str(tmp_path), "--resume"]) == 2

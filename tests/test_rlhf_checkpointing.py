@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import make_llama, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import make_llama, make_tokenizer
 from rlhf.checkpointing import publishing, require_new, save_model
 
 

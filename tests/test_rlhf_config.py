@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from helpers import ROOT
+
 from rlhf import ppo, reward_model, sft
 from rlhf.config import PPOConfig, parse_config, read_settings, run_command
 from rlhf.reward_model import RewardModelConfig

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import BOS, EOS, PAD, WORDS, make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from helpers import BOS, EOS, PAD, WORDS, make_tokenizer
 from rlhf.data import Example, Pair, Prompt, batch_examples, load_examples, load_pairs, load_prompts
 from rlhf.models import load_tokenizer
 
@@ -45,7 +45,10 @@ def test_text_prompts_one_a_line(tmp_path: Path, tokenizer: PreTrainedTokenizerB
 
 def test_json_prompts_are_used_verbatim(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = write(tmp_path, "prompts.jsonl", {"prompt": "a b", "other": 1}, "", {"prompt": "<eos> c"})
-    assert load_prompts(path, tokenizer) == [Prompt("a b", [BOS, *ids("a b")]), Prompt("<eos> c", [BOS, EOS, *ids("c")])]
+    assert load_prompts(path, tokenizer) == [
+        Prompt("a b", [BOS, *ids("a b")]),
+        Prompt("<eos> c", [BOS, EOS, *ids("c")]),
+    ]
 
 
 def test_messages_go_through_the_chat_template_once(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase) -> None:

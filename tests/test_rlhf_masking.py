@@ -53,7 +53,9 @@ def test_whitening_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("shift_mean", "mean"), [(True, lambda x: 0.0), (False, lambda x: float(x.mean()))])
-def test_whitened_values_have_variance_one_and_the_mean_named(shift_mean: bool, mean: Callable[[Tensor], float]) -> None:
+def test_whitened_values_have_variance_one_and_the_mean_named(
+    shift_mean: bool, mean: Callable[[Tensor], float]
+) -> None:
     generator = torch.Generator().manual_seed(0)
     x = 5 + 3 * torch.randn(50, 40, generator=generator)
     mask = torch.rand(50, 40, generator=generator) < 0.5

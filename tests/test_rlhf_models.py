@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import BOS, EOS, PAD, WORDS, llama_config, make_tokenizer, pad_more, random_examples
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
 
-from helpers import BOS, EOS, PAD, WORDS, llama_config, make_tokenizer, pad_more, random_examples
 from rlhf.checkpointing import save_model
 from rlhf.data import TokenBatch, batch_examples
 from rlhf.models import (

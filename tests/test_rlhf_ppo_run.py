@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import LETTERS, make_llama, ppo_arguments, run_python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import LETTERS, make_llama, ppo_arguments, run_python
 from rlhf import ppo
 from rlhf.config import PPOConfig, parse_config, run_command
 
@@ -116,7 +117,7 @@ def test_kl_to_a_soup_of_the_start_with_itself_begins_at_zero(full_run: Path) ->
 def test_the_coefficient_follows_the_controller(full_run: Path) -> None:
     rows = read_lines(full_run / "metrics.jsonl")
     assert rows[0]["kl_coef"] == 0.05
-    for row, following in zip(rows, rows[1:], strict=False):
+    for row, following in pairwise(rows):
         error = min(max(row["kl_k1/reference"] / 0.5 - 1, -0.2), 0.2)
         assert following["kl_coef"] == pytest.approx(row["kl_coef"] * (1 + error * 8 / 40), rel=1e-9)
     assert rows[1]["kl_coef"] == pytest.approx(0.05 * 0.96)
@@ -267,9 +268,7 @@ def test_without_a_gold_reward_its_summary_is_null(
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_only_the_newest_checkpoints_are_kept(
-    checkpoints: dict[str, Path], prompt_file: Path, tmp_path: Path
-) -> None:
+def test_only_the_newest_checkpoints_are_kept(checkpoints: dict[str, Path], prompt_file: Path, tmp_path: Path) -> None:
     settings = {"updates": 5, "checkpoint_every": 1, "keep_checkpoints": 2}
     ppo.main(ppo_arguments(checkpoints, prompt_file, tmp_path / "run", **settings))
     kept = sorted((tmp_path / "run" / "checkpoints").iterdir())

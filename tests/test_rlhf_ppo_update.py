@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import pad_more, share_of_a
 from torch import Tensor, nn
 
-from helpers import pad_more, share_of_a
 from rlhf import ppo
 from rlhf.config import PPOConfig
 from rlhf.data import Prompt

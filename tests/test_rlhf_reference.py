@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import PAD, random_examples
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from helpers import PAD, random_examples
 from rlhf import kl
 from rlhf.data import batch_examples
 from rlhf.models import load_causal_lm, response_log_distributions
@@ -72,9 +72,7 @@ def test_misfits_are_refused_with_both_folders(checkpoints: dict[str, Path], mis
 @pytest.mark.parametrize(
     ("weights", "message"), [([1.0], "weights"), ([1.0, -1.0], "-1"), ([0.0, 0.0], "sum"), ([1.0, float("nan")], "nan")]
 )
-def test_weights_that_do_not_fit_are_refused(
-    checkpoints: dict[str, Path], weights: list[float], message: str
-) -> None:
+def test_weights_that_do_not_fit_are_refused(checkpoints: dict[str, Path], weights: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         load_reference([checkpoints["first"], checkpoints["second"]], weights)
     assert "\n" not in str(error.value)
@@ -85,5 +83,5 @@ def test_description_names_folders_weights_and_hashes(checkpoints: dict[str, Pat
     description = describe_reference(folders, [1.0, 3.0])
     assert [ingredient["folder"] for ingredient in description["ingredients"]] == folders
     assert description["parameters"]["weights"] == [0.25, 0.75]
-    hashes = [list(ingredient["files"].values())[0]["sha256"] for ingredient in description["ingredients"]]
+    hashes = [next(iter(ingredient["files"].values()))["sha256"] for ingredient in description["ingredients"]]
     assert len(set(hashes)) == 2

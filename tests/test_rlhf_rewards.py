@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import torch
-
-import helpers
 from helpers import EOS, PAD, pad_more, random_examples
+
 from rlhf.data import batch_examples
 from rlhf.models import load_scalar_head_model
 from rlhf.rewards import FunctionReward, ModelReward, load_function, load_reward
@@ -123,5 +123,5 @@ def test_a_model_that_is_not_finite_is_named_with_the_prompt(checkpoints: dict[s
     reward = load_reward(checkpoints["reward"], policy=checkpoints["first"])
     assert isinstance(reward, ModelReward)
     torch.nn.init.constant_(reward.model.head.weight, torch.nan)
-    with pytest.raises(ValueError, match="reward .*reward: .*nan for prompt 'p q' and response 'a'"):
+    with pytest.raises(ValueError, match=r"reward .*reward: .*nan for prompt 'p q' and response 'a'"):
         reward(TWO)

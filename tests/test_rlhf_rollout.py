@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import BOS, EOS, PAD, WORDS
 from scipy.stats import chisquare
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers import BOS, EOS, PAD, WORDS
 from rlhf.data import Prompt
 from rlhf.models import gather_logprobs, load_causal_lm, load_tokenizer, response_log_distributions
 from rlhf.rollout import Rollout, sample, sample_tokens
@@ -91,9 +91,7 @@ def test_frequencies_are_the_probabilities() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_first_tokens_follow_the_model_at_the_temperature(
-    checkpoints: dict[str, Path], temperature: float
-) -> None:
+def test_first_tokens_follow_the_model_at_the_temperature(checkpoints: dict[str, Path], temperature: float) -> None:
     model, tokenizer = load_causal_lm(checkpoints["first"]), load_tokenizer(checkpoints["first"])
     num_draws = 4000
     prompts = [PROMPTS[0]] * num_draws
@@ -102,7 +100,9 @@ def test_first_tokens_follow_the_model_at_the_temperature(
     expected = num_draws * (logits / temperature).softmax(-1)
     counts = rollout.response_tokens[:, 0].bincount(minlength=len(WORDS))
     cells = torch.where(expected < 20, len(WORDS), torch.arange(len(WORDS)))  # rare tokens share one, for χ²
-    counts, expected = (torch.zeros(len(WORDS) + 1).double().index_add(0, cells, x.double()) for x in (counts, expected))
+    counts, expected = (
+        torch.zeros(len(WORDS) + 1).double().index_add(0, cells, x.double()) for x in (counts, expected)
+    )
     assert chisquare(counts[expected > 0], expected[expected > 0]).pvalue > 0.001
 
 

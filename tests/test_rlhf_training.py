@@ -6,22 +6,24 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import BOS, EOS, LETTERS, PAD, WORDS, make_llama, random_examples
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from helpers import BOS, EOS, LETTERS, PAD, WORDS, make_llama, random_examples
 from rlhf import reward_model, sft
 from rlhf.config import run_command
 from rlhf.data import Example, Pair
+from rlhf.evaluation import evaluate_loss
 from rlhf.models import load_causal_lm, load_scalar_head_model
 from rlhf.reward_model import bradley_terry_loss, score_examples, score_pairs, train_reward_model
 from rlhf.rewards import ModelReward
-from rlhf.sft import evaluate_loss, finetune, response_nll
+from rlhf.sft import finetune, response_nll
 from rlhf.training import OptimizationConfig, minimise, warmup_then_cosine
 
 EXAMPLES = random_examples(seed=1, num=8)
@@ -88,7 +90,7 @@ def test_first_adam_step_has_the_size_of_the_scheduled_learning_rate() -> None:
 
     minimise(model, loss_sum, 10, config, description="fit")
     # 20 steps, 4 of warm-up; a gradient that keeps its sign and (clipped) size moves Adam by the learning rate
-    sizes = [after - before for before, after in zip(steps, steps[1:], strict=False)]
+    sizes = [after - before for before, after in pairwise(steps)]
     expected = [0.01 * warmup_then_cosine(step, 20, 0.2) for step in range(19)]
     assert sizes == pytest.approx(expected, rel=1e-2)
     assert sizes[:4] == pytest.approx([0.002, 0.004, 0.006, 0.008], rel=1e-2)
@@ -98,7 +100,11 @@ def test_a_loss_that_is_not_finite_stops_training() -> None:
     model = Line()
     with pytest.raises(ValueError, match="fit: the loss is nan at step 1; lower the learning rate"):
         minimise(
-            model, squares(model, torch.ones(4), torch.full((4,), torch.nan), []), 4, OptimizationConfig(), description="fit"
+            model,
+            squares(model, torch.ones(4), torch.full((4,), torch.nan), []),
+            4,
+            OptimizationConfig(),
+            description="fit",
         )
 
 
@@ -149,9 +155,7 @@ def test_fine_tuning_learns_and_is_the_same_twice(checkpoints: dict[str, Path]) 
     losses = [finetune(load_causal_lm(checkpoints["first"]), EXAMPLES, config, pad_token_id=PAD) for _ in range(2)]
     assert losses[0] == losses[1]
     assert losses[0][-1] < 0.5 * losses[0][0]
-    other_order = finetune(
-        load_causal_lm(checkpoints["first"]), EXAMPLES, replace(config, seed=2), pad_token_id=PAD
-    )
+    other_order = finetune(load_causal_lm(checkpoints["first"]), EXAMPLES, replace(config, seed=2), pad_token_id=PAD)
     assert other_order[0] != losses[0][0]
 
 
@@ -175,16 +179,15 @@ def test_the_reward_models_loss_is_bradley_terry_over_pairs(checkpoints: dict[st
 def test_scores_of_pairs_do_not_depend_on_the_batch(checkpoints: dict[str, Path]) -> None:
     model = load_scalar_head_model(checkpoints["reward"])
     chosen, rejected = score_pairs(model, PAIRS, PAD, batch_size=2)
-    alone = [[score_examples(model, [side], EOS).item() for side in (pair.chosen, pair.rejected)] for pair in PAIRS]
-    assert torch.stack([chosen, rejected], dim=1).flatten().tolist() == pytest.approx(sum(alone, []), abs=1e-5)
+    for scores, sides in ((chosen, [p.chosen for p in PAIRS]), (rejected, [p.rejected for p in PAIRS])):
+        alone = [score_examples(model, [side], EOS).item() for side in sides]
+        assert scores.tolist() == pytest.approx(alone, abs=1e-5)
 
 
 def test_a_trained_reward_model_prefers_and_is_standardised(checkpoints: dict[str, Path]) -> None:
     letters = [WORDS.index(letter) for letter in LETTERS]
     good, bad = letters[0], letters[1]
-    pairs = [
-        Pair(Example([BOS, x], [good, x, EOS]), Example([BOS, x], [bad, x, x, EOS])) for x in letters[2:]
-    ]
+    pairs = [Pair(Example([BOS, x], [good, x, EOS]), Example([BOS, x], [bad, x, x, EOS])) for x in letters[2:]]
     model = load_scalar_head_model(checkpoints["reward"])
     config = OptimizationConfig(epochs=20, batch_size=6, learning_rate=1e-2)
     losses = train_reward_model(model, pairs, config, pad_token_id=PAD)
@@ -227,9 +230,7 @@ def test_sft_command(checkpoints: dict[str, Path], tmp_path: Path, capsys: pytes
     assert not torch.equal(model.lm_head.weight, make_llama(1).lm_head.weight)
 
 
-def test_reward_model_command(
-    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_reward_model_command(checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": x, "chosen": "a", "rejected": "b c"} for x in LETTERS]
     data = write_rows(tmp_path / "pairs.jsonl", rows)
     arguments = ["--model", str(checkpoints["first"]), "--data", data, "--test-data", data]

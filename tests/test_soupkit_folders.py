@@ -98,6 +98,24 @@ def test_three_levels_agree_for_every_layout(tmp_path, method, dtype, layout):
     assert len(list(small.glob("*.safetensors"))) > 1
 
 
+def test_shards_are_aligned_and_no_larger_than_asked(tmp_path):
+    state = {"flag": torch.tensor([True]), "ids": torch.arange(3), "half": torch.ones(3).half()}
+    state |= {f"w{i}": torch.ones(10) for i in range(7)}  # 40 bytes each
+    folder = save(tmp_path / "m", state)
+    out = soupkit.average([folder, folder], out=tmp_path / "soup", max_shard_size=100, progress=False)
+    files = sorted(out.glob("*.safetensors"))
+    assert [path.name for path in files] == [f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4)]
+    assert sorted(len(load_file(path)) for path in files) == [2, 2, 2, 4]  # 80 bytes each, and 40 + 24 + 6 + 1
+    for path in files:
+        content = path.read_bytes()
+        data_start = 8 + int.from_bytes(content[:8], "little")
+        assert data_start % 8 == 0
+        header = json.loads(content[8:data_start])
+        for name, tensor in load_file(path).items():
+            assert header[name]["data_offsets"][0] % tensor.dtype.itemsize == 0
+        assert sum(tensor.nbytes for tensor in load_file(path).values()) == len(content) - data_start <= 100
+
+
 def test_uniform_average_of_two_folders_is_float64_rounded_once(tmp_path):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         states = [make_state(seed, dtype) for seed in (0, 1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -104,6 +105,15 @@ def test_the_one_rounding_comes_last():
     # The exact average 1 + 2⁻¹¹ + 2⁻²³ lies just above a tie of float16: casting the ingredients first gives 1 + 0.
     models = [torch.tensor([1 + 2**-11 + 2**-22]), torch.tensor([1 + 2**-11])]
     assert soupkit.average(models, dtype="float16").item() == 1 + 2**-10
+
+
+def test_products_and_sums_are_rounded_separately():
+    # A fused multiply-add would round once, but only on machines and builds that have it; numpy never fuses.
+    generator = torch.Generator().manual_seed(2)
+    a, b = (torch.randn(1003, generator=generator).half() for _ in range(2))
+    x, y = (tensor.numpy().astype(np.float32) for tensor in (a, b))
+    expected = x * np.float32(0.3) + y * np.float32(0.7)
+    assert same_bits(soupkit.average([a, b], [0.3, 0.7], dtype="float32"), torch.from_numpy(expected))
 
 
 def test_linear_by_hand():

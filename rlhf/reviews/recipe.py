@@ -8,7 +8,7 @@ from rlhf.reviews.task import MAX_NEW_TOKENS, ReviewsTask, cached_task
 
 
 def ppo_settings(task: ReviewsTask | None = None) -> dict[str, Any]:
-    """Settings for :class:`rlhf.config.PPOConfig`: policy from sft1, reference the soup of sft1 and sft2, gold reported.
+    """Settings for :class:`rlhf.config.PPOConfig`: policy from sft1, reference the soup of sft1 and sft2.
 
     ``task`` is the cached one unless given. The model is tiny, so the learning rates are far above those of a real one.
     """

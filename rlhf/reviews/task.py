@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,8 +30,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf import data, masking, models, randomness, reward_model, rewards, rollout, sft, training
-from rlhf.checkpointing import publishing, save_model
+from rlhf.checkpointing import cache_directory, publishing, save_model
 from rlhf.data import Example, Pair, Prompt
+from rlhf.evaluation import evaluate_loss
 from rlhf.metrics import Estimate, mean_estimate, write_json, write_json_lines
 from rlhf.models import ScalarHeadModel, load_causal_lm, load_scalar_head_model
 from rlhf.randomness import generator
@@ -42,7 +42,7 @@ from rlhf.reviews.grammar import BASE, PROMPTS, SFT, Style, generate, split_prom
 from rlhf.reviews.tokenizer import make_tokenizer, tiny_llama_config
 from rlhf.reward_model import score_examples, train_reward_model
 from rlhf.rollout import Rollout, sample
-from rlhf.sft import evaluate_loss, finetune
+from rlhf.sft import finetune
 from rlhf.training import OptimizationConfig
 
 MAX_NEW_TOKENS = 32  # the grammar's reviews have at most 26 words
@@ -142,7 +142,7 @@ def make_task(output: str | Path, seed: int = 0, *, sizes: Sizes = FULL) -> Revi
 
     Raises FileExistsError when ``output`` exists.
     """
-    with publishing(output) as folder:
+    with publishing(output) as folder, _one_thread():
         _make(folder, seed, sizes)
     return ReviewsTask(Path(output))
 
@@ -168,13 +168,6 @@ def cached_task(seed: int = 0, *, sizes: Sizes = FULL) -> ReviewsTask:
             if not folder.is_dir():
                 raise
     return ReviewsTask(folder)
-
-
-def cache_directory() -> Path:
-    """Where made tasks are kept."""
-    if "SOUPKIT_CACHE" in os.environ:
-        return Path(os.environ["SOUPKIT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "soupkit"
 
 
 def version(sizes: Sizes = FULL) -> str:
@@ -349,6 +342,20 @@ def _optimization(
     return OptimizationConfig(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=_derived_seed(seed, f"{purpose} order")
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread for the block: models this small gain nothing from more, and lose much where the cores are busy.
+
+    It also makes the weights independent of how many threads the caller uses.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _derived_seed(seed: int, purpose: str) -> int:
