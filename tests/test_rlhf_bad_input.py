@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CONTEXT, ppo_arguments, run_python
+from helpers import CONTEXT, ROOT, ppo_arguments
 from safetensors.torch import load_file, save_file
 
 from rlhf import ppo, reward_model, sft
@@ -215,12 +216,15 @@ def test_the_other_stages_refuse(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_real_process_exits_with_status_two_and_one_line(tmp_path: Path) -> None:
-    process = run_python(["-m", "rlhf.ppo", "--minibatch-size", "7", "--output", str(tmp_path / "run")])
-    assert process.returncode == 2
-    assert process.stdout == ""
-    assert process.stderr == (
-        "error: minibatch_size=7 does not divide batch_size=64; choose a divisor, so that every episode counts once an "
-        "epoch\n"
+def test_the_command_exits_with_status_two_and_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["ppo.py", "--minibatch-size", "7", "--output", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as exit_status:
+        runpy.run_path(str(ROOT / "rlhf" / "ppo.py"), run_name="__main__")
+    assert exit_status.value.code == 2
+    message = (
+        "minibatch_size=7 does not divide batch_size=64; choose a divisor, so that every episode counts once an epoch"
     )
+    assert capsys.readouterr() == ("", f"error: {message}\n")
     assert list(tmp_path.iterdir()) == []

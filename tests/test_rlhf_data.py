@@ -174,10 +174,11 @@ def test_a_prompt_without_room_for_a_response_is_refused(
 
 @pytest.mark.parametrize("pad", [PAD, EOS])
 def test_a_batch_pads_prompts_on_the_left_and_responses_on_the_right(pad: int) -> None:
-    batch = batch_examples([Example([BOS, 7], [8, 9, EOS]), Example([BOS, 7, 6], [EOS])], pad)
-    assert batch.tokens.tolist() == [[pad, BOS, 7, 8, 9, EOS], [BOS, 7, 6, EOS, pad, pad]]
+    # the first prompt ends with the id that pads, and its response begins with it
+    batch = batch_examples([Example([BOS, pad], [pad, 9, EOS]), Example([BOS, 7, 6], [EOS])], pad)
+    assert batch.tokens.tolist() == [[pad, BOS, pad, pad, 9, EOS], [BOS, 7, 6, EOS, pad, pad]]
     assert batch.attention_mask.int().tolist() == [[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
     assert batch.response_mask.int().tolist() == [[1, 1, 1], [1, 0, 0]]
     assert (len(batch), batch.num_prompt_tokens) == (2, 3)
-    assert batch.response_tokens.tolist() == [[8, 9, EOS], [EOS, pad, pad]]
+    assert batch.response_tokens.tolist() == [[pad, 9, EOS], [EOS, pad, pad]]
     assert batch.response_lengths.tolist() == [3, 1]

@@ -227,14 +227,21 @@ def test_a_run_cut_short_resumes_to_the_same_bytes(full_run: Path, tmp_path: Pat
 def test_plain_and_soup_runs_differ_in_the_reference_alone(
     checkpoints: dict[str, Path], prompt_file: Path, tmp_path: Path
 ) -> None:
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("n n n\n", encoding="utf-8")
     references = {"plain": ["second"], "soup": ["second", "third"]}
     rows: dict[str, dict[str, Any]] = {}
     for name, folders in references.items():
-        settings = {"reference": [checkpoints[folder] for folder in folders], "updates": 1}
+        folders_named = [checkpoints[folder] for folder in folders]
+        settings = {"reference": folders_named, "updates": 1, "test_prompts": held_out}
         ppo.main(ppo_arguments(checkpoints, prompt_file, tmp_path / name, **settings))
         rows[name] = read_lines(tmp_path / name / "metrics.jsonl")[0]
     samples = [read_lines(tmp_path / name / "samples.jsonl")[:4] for name in references]
     assert samples[0] == samples[1]  # before the first step: the same prompts, random numbers and policy
+    assert {(row["prompts"], row["prompt"] == "n n n") for row in samples[0]} == {
+        ("held-out", True),
+        ("training", False),
+    }
     for name in ("proxy_reward", "entropy", "response_length", "eos_rate", "learning_rate", "kl_coef"):
         assert rows["plain"][name] == rows["soup"][name]
     assert rows["plain"]["kl/reference"] != pytest.approx(rows["soup"]["kl/reference"], rel=0.01)
@@ -247,12 +254,11 @@ def test_plain_and_soup_runs_differ_in_the_reference_alone(
 def test_without_a_gold_reward_its_summary_is_null(
     checkpoints: dict[str, Path], prompt_file: Path, tmp_path: Path
 ) -> None:
-    """With a reward model, no samples, no reference named and a file of held-out prompts besides."""
+    """With a reward model, no samples and no reference named besides."""
     settings = {
         "reward": checkpoints["reward"],
         "num_samples": 0,
         "updates": 1,
-        "test_prompts": prompt_file,
         "checkpoint_every": 1,
     }
     output = tmp_path / "run"
@@ -279,12 +285,12 @@ def test_only_the_newest_checkpoints_are_kept(checkpoints: dict[str, Path], prom
 @pytest.mark.usefixtures("no_figures")
 def test_an_easy_reward_rises(checkpoints: dict[str, Path], prompt_file: Path, tmp_path: Path) -> None:
     settings = {
-        "updates": 30,
+        "updates": 20,
         "batch_size": 32,
         "minibatch_size": 16,
         "eval_episodes": 200,
         "kl_coef": 0.01,
-        "learning_rate": 3e-3,
+        "learning_rate": 5e-3,
         "missing_eos_penalty": 0.0,
     }
     ppo.main(ppo_arguments(checkpoints, prompt_file, tmp_path / "run", **settings))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rlhf import ppo
 from rlhf.config import PPOConfig
 from rlhf.data import Prompt
+from rlhf.models import gather_logprobs, response_log_distributions
 from rlhf.ppo import Experience, Run, collect, minibatch_step, names_of, optimise, roll_out, split_test_prompts
 from rlhf.rollout import Rollout
 
@@ -230,16 +231,35 @@ def test_first_step_has_ratio_one_and_later_ones_do_not(
 ) -> None:
     run = set_up(checkpoints, prompt_file)
     run.policy_optimizer = torch.optim.SGD(run.policy.parameters(), lr=0.01)
-    first, second = (minibatch_step(run, collected[0]) for _ in range(2))
+    experience, mask = collected[0], collected[0].rollout.response_mask
+    first = minibatch_step(run, experience)
+    with torch.no_grad():
+        log_distributions = response_log_distributions(run.policy, experience.rollout, 0.8)
+        logprobs = gather_logprobs(log_distributions, experience.rollout.response_tokens)
+    second = minibatch_step(run, experience)
     assert first["ratio_deviation"] < 1e-4
     assert first["approx_kl"] == pytest.approx(0, abs=1e-8)
     assert first["clip_fraction"] == first["value_clip_fraction"] == 0
     assert first["policy_loss"] == pytest.approx(
         -float(collected[0].advantages.sum() / collected[0].rollout.response_mask.sum()), rel=1e-4
     )
-    assert second["ratio_deviation"] > 1e-2
-    assert second["approx_kl"] > 1e-5
     assert second["policy_loss"] < first["policy_loss"]
+    ratio = (logprobs - experience.logprobs)[mask].double().exp()
+    advantages = experience.advantages[mask]
+    cut = ((ratio > 1.2) & (advantages > 0)) | ((ratio < 0.8) & (advantages < 0))
+    assert second["ratio_deviation"] == pytest.approx((ratio - 1).abs().max().item(), rel=1e-4)
+    assert second["approx_kl"] == pytest.approx((ratio - 1 - ratio.log()).mean().item(), rel=1e-3)  # E_old k3
+    assert second["clip_fraction"] == pytest.approx(cut.double().mean().item())
+    assert 0 < second["clip_fraction"] < 1
+
+
+def test_a_step_leaves_no_gradients_behind(
+    checkpoints: dict[str, Path], prompt_file: Path, collected: tuple[Experience, dict[str, float]]
+) -> None:
+    run = set_up(checkpoints, prompt_file)
+    minibatch_step(run, collected[0])
+    parameters = [*run.policy.parameters(), *run.value_model.parameters()]
+    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in parameters)
 
 
 def test_gradients_are_scaled_down_to_the_norm_allowed(

@@ -160,6 +160,12 @@ def test_batch_size_changes_nothing_but_rounding(
     assert parts.responses == whole.responses
 
 
+def test_responses_do_not_depend_on_the_prompts_that_follow(checkpoints: dict[str, Path]) -> None:
+    model, tokenizer = load_causal_lm(checkpoints["first"]), load_tokenizer(checkpoints["first"])
+    few, all_of_them = (draw(model, tokenizer, prompts=prompts) for prompts in (PROMPTS[:5], PROMPTS))
+    assert list(unpadded_responses(few)) == list(unpadded_responses(all_of_them))[:5]
+
+
 def test_generator_alone_decides(checkpoints: dict[str, Path]) -> None:
     model, tokenizer = load_causal_lm(checkpoints["first"]), load_tokenizer(checkpoints["first"])
     once = draw(model, tokenizer)

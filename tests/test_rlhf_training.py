@@ -96,6 +96,34 @@ def test_first_adam_step_has_the_size_of_the_scheduled_learning_rate() -> None:
     assert sizes[:4] == pytest.approx([0.002, 0.004, 0.006, 0.008], rel=1e-2)
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 2])
+def test_a_step_follows_the_mean_over_terms_not_items(
+    monkeypatch: pytest.MonkeyPatch, micro_batch_size: int | None
+) -> None:
+    """Plain gradient descent in Adam's place shows the gradients. Item i counts as i + 1 terms of (w − i)² each."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr))
+    model, terms, batches = Line(), torch.arange(1, 5), []  # type: ignore[var-annotated]
+
+    def loss_sum(indices: Tensor) -> tuple[Tensor, int]:
+        batches.append(indices.tolist())
+        return (terms[indices] * (model.w - indices) ** 2).sum(), int(terms[indices].sum())
+
+    config = OptimizationConfig(
+        epochs=2,
+        batch_size=4,
+        micro_batch_size=micro_batch_size,
+        learning_rate=0.1,
+        warmup_fraction=0,
+        max_grad_norm=1e9,
+    )
+    losses = minimise(model, loss_sum, 4, config, description="fit")
+    # mean loss Σ (i + 1)(w − i)² / 10, gradient 2 Σ (i + 1)(w − i) / 10 = 2w − 4; two steps, of 0.1 and a tenth of it
+    assert losses[0] == pytest.approx((0.25 + 2 * 0.25 + 3 * 2.25 + 4 * 6.25) / 10)
+    w = 0.5 - 0.1 * (2 * 0.5 - 4)
+    assert model.w.item() == pytest.approx(w - 0.01 * (2 * w - 4))
+    assert len(batches) == 2 * 4 // (micro_batch_size or 4)
+
+
 def test_a_loss_that_is_not_finite_stops_training() -> None:
     model = Line()
     with pytest.raises(ValueError, match="fit: the loss is nan at step 1; lower the learning rate"):

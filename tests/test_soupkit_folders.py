@@ -207,6 +207,23 @@ def test_overwriting_without_a_system_call_to_swap_folders(pair, tmp_path, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "soup"]
 
 
+def test_the_old_folder_comes_back_when_the_new_one_cannot_be_moved(pair, tmp_path, monkeypatch):
+    out = soupkit.average(pair, [1, 0], out=tmp_path / "soup", progress=False)
+    rename = Path.rename
+
+    def refuse_partial(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError("no more moves")
+        return rename(self, target)
+
+    monkeypatch.setattr("soupkit.publish._exchange", lambda a, b: False)
+    monkeypatch.setattr(Path, "rename", refuse_partial)
+    with pytest.raises(OSError, match="no more moves"):
+        soupkit.average(pair, [0, 1], out=out, overwrite=True, progress=False)
+    assert_same_bits(load(out), make_state(0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "soup"]
+
+
 def test_a_failed_merge_leaves_nothing_and_loses_nothing(pair, tmp_path, monkeypatch):
     out = soupkit.average(pair, out=tmp_path / "soup", progress=False)
     before = load(out)

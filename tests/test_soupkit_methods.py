@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -154,23 +155,31 @@ def test_slerp_sees_the_whole_tensor_across_blocks():
     torch.testing.assert_close(soup[[0, 1, -1]], torch.tensor([0.5**0.5, 0.0, 0.5**0.5]))
 
 
-def test_slerp_does_not_depend_on_threads_and_its_dot_products_are_exact_enough():
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(BLOCK + 77, generator=generator) for _ in range(2))
-    soups = []
+def test_dot_products_do_not_depend_on_threads_and_are_exact_enough(monkeypatch):
+    grams = []
+
+    def record(blocks, t, gram):
+        grams.append(gram)
+        return blocks[0]
+
+    monkeypatch.setitem(METHODS, "slerp", replace(METHODS["slerp"], function=record))
     before = torch.get_num_threads()
-    try:
-        for num_threads in (1, 2):
-            torch.set_num_threads(num_threads)
-            soups.append(soupkit.interpolate(a, b, 0.4, method="slerp"))
-            assert torch.get_num_threads() == num_threads
-    finally:
-        torch.set_num_threads(before)
-    assert same_bits(*soups)
+    for seed in range(4):  # not every seed gives sums that show the number of threads
+        generator = torch.Generator().manual_seed(seed)
+        a, b = (torch.randn(BLOCK, generator=generator, dtype=torch.float64) for _ in range(2))
+        grams.clear()
+        try:
+            for num_threads in (1, 2, 4):
+                torch.set_num_threads(num_threads)
+                soupkit.interpolate(a, b, 0.4, method="slerp")
+                assert torch.get_num_threads() == num_threads
+        finally:
+            torch.set_num_threads(before)
+        assert same_bits(grams[0], grams[1])
+        assert same_bits(grams[0], grams[2])
     gram = gram_matrix([a, b])
-    x, y = a.double(), b.double()
-    assert gram[0, 1].item() == gram[1, 0].item() == pytest.approx(math.fsum((x * y).tolist()), abs=1e-9)
-    assert gram[1, 1].item() == pytest.approx(math.fsum((y * y).tolist()), rel=1e-14)
+    assert gram[0, 1].item() == gram[1, 0].item() == pytest.approx(math.fsum((a * b).tolist()), abs=1e-9)
+    assert gram[1, 1].item() == pytest.approx(math.fsum((b * b).tolist()), rel=1e-14)
 
 
 def call(method: str, models: list, **options):
