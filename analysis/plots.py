@@ -159,12 +159,15 @@ def plot_reward_kl(
     x: str = "kl/reference",
     y: str = "gold_reward",
     ax: Axes | None = None,
+    *,
+    average: int = 1,
     **style: Any,
 ) -> Axes:
-    """Reward against KL over the updates of one or more runs, one point an update, with bars of ± one standard error.
+    """Reward against KL over the updates of one or more runs, with bars of ± one standard error.
 
-    ``runs`` are {label: run folder, or the rows of its metrics.jsonl}. The last update is ringed. ``style`` goes to
-    ``Axes.errorbar``.
+    ``runs`` are {label: run folder, or the rows of its metrics.jsonl}. A point is the mean over ``average`` consecutive
+    updates (its error √(Σ se²) / n; updates left over at the start are dropped), the last one ringed. ``style`` goes
+    to ``Axes.errorbar``.
     """
     ax = _new_axes(ax, 6, 4.4)
     for (label, run), color in zip(runs.items(), cycle(COLORS), strict=False):
@@ -174,8 +177,13 @@ def plot_reward_kl(
                 raise ValueError(
                     f"run {label!r}: has no {name!r} in its metrics; choose one of {list(rows[0]) if rows else []}"
                 )
-        columns = {name: np.array([row[name] for row in rows], dtype=float) for name in (x, y)}
-        errors = {name: np.array([row.get(f"{name}_stderr", np.nan) for row in rows], dtype=float) for name in (x, y)}
+        columns, errors = {}, {}
+        for name in (x, y):
+            values = np.array([[row[name], row.get(f"{name}_stderr", np.nan)] for row in rows], dtype=float)
+            size = min(average, len(values))
+            blocks = values[len(values) % size :].reshape(-1, size, 2)
+            columns[name] = blocks[..., 0].mean(axis=1)
+            errors[name] = np.sqrt((blocks[..., 1] ** 2).sum(axis=1)) / size
         options: dict[str, Any] = {
             "color": color,
             "marker": ".",

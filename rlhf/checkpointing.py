@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from soupkit.publish import published_folder
 
 
 def require_new(folder: str | Path) -> Path:
@@ -30,18 +31,11 @@ def cache_directory() -> Path:
 def publishing(folder: str | Path) -> Iterator[Path]:
     """A temporary sibling to write into, renamed to ``folder`` when the block ends well and removed when it does not.
 
-    A process killed in between leaves only the hidden sibling ``.NAME.partial-PID``, never a ``folder`` that looks
-    finished. Raises FileExistsError when ``folder`` exists already.
+    A process killed in between leaves a hidden sibling, which the next attempt removes, and never a ``folder`` that
+    looks finished. Raises FileExistsError when ``folder`` exists already.
     """
-    folder = require_new(folder)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with published_folder(require_new(folder), overwrite=False) as partial:
         yield partial
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:

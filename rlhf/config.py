@@ -112,6 +112,9 @@ class PPOConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be greater than 0")
+        for name in ("batch_size", "eval_episodes"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 2, for a standard error")
         non_negative = ("kl_coef", "missing_eos_penalty", "warmup_updates", "num_samples", "checkpoint_every", "seed")
         for name in non_negative:
             if not getattr(self, name) >= 0:

@@ -199,7 +199,7 @@ def set_up(config: PPOConfig) -> Run:
     policy_folder, reward = config.policy, config.reward
     if policy_folder is None or reward is None or config.prompts is None:
         raise ValueError(
-            "--policy, --reward and --prompts belong together; give all three, or none for the built-in task"
+            "--policy, --reward and --prompts belong together: give all three, or only --reward for the built-in task"
         )
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
@@ -507,7 +507,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.resume:
         settings = read_settings(Path(str(config.output)) / "config.yaml")
         config = parse_config(PPOConfig, argv, description=__doc__, defaults=settings)
-    elif config.policy is None:
+    elif config.policy is None and config.prompts is None:
         from rlhf.reviews.recipe import ppo_settings
 
         config = parse_config(PPOConfig, argv, description=__doc__, defaults=ppo_settings())

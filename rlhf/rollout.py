@@ -60,10 +60,8 @@ def sample_tokens(log_distributions: Tensor, uniforms: Tensor) -> Tensor:
     forward.
     """
     cdf = log_distributions.exp().cumsum(dim=-1)
-    total = cdf[:, -1:]
-    # Rounding can lift u · total to the total itself; just below it, some token still exceeds.
-    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target, right=True).squeeze(1)
+    # The largest float32 below 1 times the total still rounds to less than the total, so some token always exceeds.
+    return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(1)
 
 
 @torch.no_grad()
@@ -138,7 +136,7 @@ def sample(
     width = int(response_mask.sum(dim=1).max())
     response_tokens, logprobs, response_mask = (x[:, :width] for x in (response_tokens, logprobs, response_mask))
     response_tokens = torch.where(response_mask, response_tokens, tokenizer.pad_token_id)
-    finished = (response_tokens == tokenizer.eos_token_id).logical_and(response_mask).any(dim=1)
+    finished = ((response_tokens == tokenizer.eos_token_id) & response_mask).any(dim=1)
     responses = [
         str(tokenizer.decode(row[mask & (row != tokenizer.eos_token_id)], skip_special_tokens=True))
         for row, mask in zip(response_tokens, response_mask, strict=True)

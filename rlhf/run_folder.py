@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ class RunFolder:
     def create(self, config: PPOConfig, reference: Mapping[str, Any]) -> None:
         """Make the folder with its configuration and the reference's provenance, and empty logs."""
         (self.path / "reference").mkdir(parents=True, exist_ok=True)
-        config.save(self.path / "config.yaml")
+        replace(config, resume=False).save(self.path / "config.yaml")
         write_json(self.path / "reference" / "soup.json", reference)
         for name in LOGS:
             (self.path / name).write_text("", encoding="utf-8")

@@ -107,6 +107,14 @@ def test_reward_kl_reads_rows_and_run_folders(tmp_path: Path) -> None:
     np.testing.assert_allclose(ax.get_lines()[0].get_xydata(), [[0.5, 1], [1, 2**0.5], [1.5, 3**0.5]])
 
 
+def test_reward_kl_averages_consecutive_updates() -> None:
+    ax = plots.plot_reward_kl({"soup": ROWS}, average=2)  # the first of three is left over
+    np.testing.assert_allclose(ax.get_lines()[0].get_xydata(), [[1.25, (2**0.5 + 3**0.5) / 2]])
+    (horizontal, _) = ax.containers[0].lines[2]
+    np.testing.assert_allclose(np.ptp(horizontal.get_segments()[0][:, 0]), 2 * (0.1**2 + 0.1**2) ** 0.5 / 2)
+    assert len(plots.plot_reward_kl({"soup": ROWS}, average=5).get_lines()[0].get_xydata()) == 1
+
+
 def test_unknown_metric_is_named() -> None:
     for draw in (lambda: plots.plot_line(make_line(), "gold"), lambda: plots.plot_plane(make_plane(), "gold")):
         with pytest.raises(ValueError, match="metric 'gold': not in this result"):

@@ -34,7 +34,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], list[str]]] = {
     "rlhf.ppo": (lambda argv: run_command(rlhf.ppo.main, argv), TINY_PPO),
     "soupkit": (soupkit.__main__.main, []),
 }
-TINY_NOTEBOOK = "UPDATES, EPISODES, STEPS, SEED, PICTURE = 2, 16, 3, 0, None"
+TINY_NOTEBOOK = "UPDATES, EPISODES, STEPS, AVERAGE, SEED, PICTURE = 2, 16, 3, 1, 0, None"
 
 
 def blocks(language: str) -> list[str]:

@@ -132,7 +132,9 @@ def test_corruption_spoils_about_its_share_of_sentences(style: Style, most: floa
 
 def test_styles_differ_as_declared() -> None:
     for style in (BASE, SFT):
-        pairs = generate_many(random.Random(1), PROMPTS, 2000, replace(style, corrupted=0.0))
+        # Refusing reviews by length favours short ones, with fewer openers: the rates hold before it.
+        unbounded = replace(style, corrupted=0.0, num_words=(1, 99))
+        pairs = generate_many(random.Random(1), PROMPTS, 2000, unbounded)
         opinions = [
             (parse_prompt(prompt).aspect, s)  # type: ignore[union-attr]
             for prompt, review in pairs
@@ -143,9 +145,9 @@ def test_styles_differ_as_declared() -> None:
         with_opener = sum(s.words[1] == "," for _, s in opinions) / len(opinions)
         closed = sum(parse_review(review)[-1].template == "closing" for _, review in pairs) / len(pairs)
         assert on_aspect == pytest.approx(style.on_subject, abs=0.03)
-        assert with_opener == pytest.approx(style.opener, abs=0.04)
-        assert closed == pytest.approx(style.closing, abs=0.05)
-        lengths = [len(review.split()) for _, review in pairs]
+        assert with_opener == pytest.approx(style.opener, abs=0.03)
+        assert closed == pytest.approx(style.closing, abs=0.03)
+        lengths = [len(review.split()) for _, review in generate_many(random.Random(1), PROMPTS, 500, style)]
         assert style.num_words[0] <= min(lengths)
         assert max(lengths) <= style.num_words[1]
 
