@@ -182,6 +182,8 @@ def test_prompts_and_their_split() -> None:
     assert (len(train), len(test)) == (108, 36)
     aspects_and_cuisines = [(subject.aspect, subject.cuisine) for subject in map(parse_prompt, test) if subject]
     assert len(set(aspects_and_cuisines)) == 36
+    aspects_and_places = {(subject.aspect, subject.place) for subject in map(parse_prompt, test) if subject}
+    assert len(aspects_and_places) == 24
     assert all(len(prompt.split()) == 6 for prompt in PROMPTS)  # and <bos>
 
 

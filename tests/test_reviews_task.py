@@ -95,7 +95,10 @@ def test_pairs_agree_with_gold_as_recorded(made: ReviewsTask) -> None:
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_others(made: ReviewsTask, tmp_path: Path) -> None:
+    torch.manual_seed(123)  # what the caller does with torch's generator must not matter, nor be disturbed
+    state = torch.get_rng_state()
     again, other = tiny_task(tmp_path / "again"), tiny_task(tmp_path / "other", seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
     files = sorted(path.relative_to(made.folder) for path in made.folder.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(again.folder) for path in again.folder.rglob("*") if path.is_file())
     for file in files:
