@@ -19,9 +19,10 @@ from analysis.weights import evaluating, named_sources
 from rlhf.data import Prompt
 from rlhf.evaluation import kl_and_entropy
 from rlhf.metrics import Estimate, mean_estimate
-from rlhf.models import load_causal_lm, require_same_tokenizer, response_log_distributions
+from rlhf.models import load_causal_lm, require_same_tokenizer
 from rlhf.randomness import generator
-from rlhf.rollout import Rollout, sample
+from rlhf.reference import ModelReference
+from rlhf.rollout import sample
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,6 @@ class KLMatrix:
     def load(cls, path: str | os.PathLike[str]) -> KLMatrix:
         """Read what :meth:`save` wrote."""
         return cls(**load_npz(path, "kl_matrix"))
-
-
-@dataclass(frozen=True)
-class _Distributions:
-    """A model as the second argument of a KL, left as it is (a reference proper would be frozen)."""
-
-    model: PreTrainedModel
-
-    def log_distributions(self, rollout: Rollout, temperature: float = 1.0) -> Tensor:
-        return response_log_distributions(self.model, rollout, temperature)
 
 
 def kl_matrix(
@@ -117,7 +108,7 @@ def kl_matrix(
                 generator=generator(seed, "kl_matrix"),
                 batch_size=batch_size,
             )
-            others = {other: _Distributions(model) for other, model in loaded.items() if other != name}
+            others = {other: ModelReference(model) for other, model in loaded.items() if other != name}
             divergences, _ = kl_and_entropy(
                 loaded[name], rollout, others, temperature=temperature, batch_size=batch_size
             )

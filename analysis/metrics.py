@@ -94,7 +94,8 @@ def sampled(
             generator=generator(seed, "landscape"),
             batch_size=batch_size,
         )
-        result = evaluate(model, rollout, rewards, references, temperature=temperature, batch_size=batch_size)
+        scores = {name: reward(rollout) for name, reward in rewards.items()}
+        result = evaluate(model, rollout, scores, references, temperature=temperature, batch_size=batch_size)
         return {
             **result.rewards,
             **{f"kl/{name}": estimate for name, estimate in result.kl.items()},

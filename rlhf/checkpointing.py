@@ -13,10 +13,13 @@ from soupkit.publish import published_folder
 
 
 def require_new(folder: str | Path) -> Path:
-    """The path, or FileExistsError when something is already there."""
+    """The path, or FileExistsError when something is there already, PermissionError when it cannot be made."""
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder}: exists already; choose another --output or remove it")
+    parent = next(path for path in folder.absolute().parents if path.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise PermissionError(f"{folder}: cannot be made, {parent} is no writable folder; choose another --output")
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -13,6 +14,8 @@ from typing import Any, NoReturn, TypeVar, cast
 import yaml
 from transformers import HfArgumentParser
 from transformers.utils import logging
+
+from rlhf.metrics import replace_text
 
 Config = TypeVar("Config")
 
@@ -110,15 +113,15 @@ class PPOConfig:
             "eval_episodes", "keep_checkpoints",
         )  # fmt: skip
         for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be greater than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be greater than 0 and finite")
         for name in ("batch_size", "eval_episodes"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 2, for a standard error")
         non_negative = ("kl_coef", "missing_eos_penalty", "warmup_updates", "num_samples", "checkpoint_every", "seed")
         for name in non_negative:
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be finite and not negative")
         for name in ("gamma", "gae_lambda", "final_lr_fraction", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must lie between 0 and 1")
@@ -141,9 +144,14 @@ class PPOConfig:
         if self.resume and self.output is None:
             raise ValueError("resume: say which run to go on with, by --output FOLDER")
 
-    def save(self, path: str | Path) -> None:
+    @property
+    def forward_batch_size(self) -> int:
+        """Episodes per forward pass, in training and in scoring alike."""
+        return self.micro_batch_size or self.minibatch_size
+
+    def save(self, path: Path) -> None:
         """Write the settings as YAML, which ``--config`` reads."""
-        Path(path).write_text(yaml.safe_dump(asdict(self), sort_keys=False), encoding="utf-8")
+        replace_text(path, yaml.safe_dump(asdict(self), sort_keys=False))
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -211,7 +219,7 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
     logging.disable_progress_bar()  # transformers' bars for single files would break the ones of the stages
     try:
         command(argv)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

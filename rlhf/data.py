@@ -131,7 +131,8 @@ def _fit(where: str, example: Example, max_tokens: int | None) -> Example:
     room = max_tokens - len(example.prompt_ids)
     if room < 1:
         raise ValueError(
-            f"{where}: prompt of {len(example.prompt_ids)} tokens leaves no room in {max_tokens}; raise --max_tokens"
+            f"{where}: prompt of {len(example.prompt_ids)} tokens leaves no room for a response in {max_tokens}; "
+            "shorten it"
         )
     return Example(example.prompt_ids, example.response_ids[:room])
 

@@ -14,16 +14,17 @@ from transformers import PreTrainedModel
 from rlhf import kl
 from rlhf.data import Example, batch_examples
 from rlhf.masking import masked_sum
-from rlhf.metrics import Estimate, mean_estimate, ratio_estimate
+from rlhf.metrics import Estimate, per_prompt_estimate, ratio_estimate
 from rlhf.models import gather_logprobs, response_log_distributions
 from rlhf.reference import Reference
-from rlhf.rewards import Reward
 from rlhf.rollout import Rollout
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Estimates over the responses of one rollout.
+
+    Standard errors take prompts as the independent units (see :func:`rlhf.metrics.per_prompt_estimate`).
 
     rewards          by name; in the reward's own units, mean over responses
     kl               by name of the other model; exact KL(policy ‖ other), nats per response, mean over responses
@@ -71,19 +72,23 @@ def kl_and_entropy(
 def evaluate(
     policy: PreTrainedModel,
     rollout: Rollout,
-    rewards: Mapping[str, Reward],
+    scores: Mapping[str, Tensor],
     others: Mapping[str, Reference],
     *,
     temperature: float = 1.0,
     batch_size: int | None = None,
 ) -> Evaluation:
-    """Measure a rollout of ``policy``: every reward, the KL to every other model, entropy and length."""
+    """Measure a rollout of ``policy``: its ``scores`` by reward, KL to every other model, entropy and length."""
     divergences, entropies = kl_and_entropy(policy, rollout, others, temperature=temperature, batch_size=batch_size)
+
+    def mean(values: Tensor) -> Estimate:
+        return per_prompt_estimate(values, torch.ones_like(values), rollout.prompts)
+
     return Evaluation(
-        rewards={name: mean_estimate(reward(rollout)) for name, reward in rewards.items()},
-        kl={name: mean_estimate(values) for name, values in divergences.items()},
-        entropy=ratio_estimate(entropies, rollout.response_lengths),
-        response_length=mean_estimate(rollout.response_lengths),
+        rewards={name: mean(values) for name, values in scores.items()},
+        kl={name: mean(values) for name, values in divergences.items()},
+        entropy=per_prompt_estimate(entropies, rollout.response_lengths, rollout.prompts),
+        response_length=mean(rollout.response_lengths),
     )
 
 

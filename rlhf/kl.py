@@ -6,8 +6,8 @@ Every estimator here returns one value per token, [B, T]; sum it over a response
 ========  =====================  ============================================================================
 k1        r                      unbiased; single values can be negative; high variance
 k2        ½ r²                   biased by O(KL^{3/2}); ≥ 0
-k3        e^{−r} − 1 + r         unbiased (Σ_t over on-policy prefixes, supp ρ ⊇ supp π); ≥ 0; heavy tail
-exact     Σ_v π_v log(π_v/ρ_v)   unbiased; ≥ 0; lowest variance (Rao–Blackwellised k1), needs both full distributions
+k3        e^{−r} − 1 + r         unbiased where supp ρ ⊆ supp π (a softmax is; top-k is not); ≥ 0; heavy tail
+exact     Σ_v π_v log(π_v/ρ_v)   unbiased; ≥ 0; variance never above k1's (Rao–Blackwell); needs both full distributions
 ========  =====================  ============================================================================
 
 k1 to k3: Schulman 2020, http://joschu.net/blog/kl-approx.html. exact: Amini, Vieira, Cotterell 2025, arXiv 2504.10637.

@@ -38,9 +38,26 @@ def ratio_estimate(numerators: Tensor, denominators: Tensor) -> Estimate:
     return Estimate(float(ratio), float(residuals.stderr / denominators.mean()))
 
 
+def per_prompt_estimate(numerators: Tensor, denominators: Tensor, prompts: Sequence[str]) -> Estimate:
+    """Σ a / Σ b over responses, with prompts as the independent units: responses to one prompt are added up first.
+
+    With a single prompt its responses are the units. [n], [n], n prompts → Estimate
+    """
+    index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    if len(index) == 1:
+        return ratio_estimate(numerators, denominators)
+    group = torch.tensor([index[prompt] for prompt in prompts], device=numerators.device)
+    zeros = torch.zeros(len(index), dtype=torch.float64, device=numerators.device)
+    return ratio_estimate(*(zeros.index_add(0, group, x.double()) for x in (numerators, denominators)))
+
+
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 − var(returns − values) / var(returns): 1 for a perfect value model, 0 for a constant. [n], [n]"""
-    return float(1 - (returns - values).var() / returns.var())
+    """1 − var(returns − values) / var(returns): 1 for a perfect value model, 0 for a constant one. [n], [n]
+
+    0 where the returns do not vary, and nothing is to be explained.
+    """
+    variance = returns.var()
+    return float(1 - (returns - values).var() / variance) if variance > 0 else 0.0
 
 
 def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
@@ -59,15 +76,16 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Replace a JSON Lines file in one step."""
-    _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace a JSON file in one step."""
-    _replace(path, json.dumps(value, indent=2) + "\n")
+    replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.rename(path)

@@ -6,6 +6,8 @@ computes the language-model head at response positions only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,11 +22,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from rlhf.data import TokenBatch
 
 
-def _require_checkpoint(folder: str | Path) -> Path:
+def require_checkpoint(folder: str | Path) -> Path:
+    """The path, or FileNotFoundError when it is no checkpoint folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -35,8 +39,16 @@ def _require_checkpoint(folder: str | Path) -> Path:
     return folder
 
 
-def _load(auto_class: Any, folder: Path, new_tensors: tuple[str, ...] = (), **settings: Any) -> Any:
-    """``from_pretrained``, refusing a folder whose weights it would partly draw at random (but for ``new_tensors``)."""
+def context_length(folder: str | Path) -> int | None:
+    """The most tokens that the folder's model can read at once, where its config says so."""
+    config = AutoConfig.from_pretrained(require_checkpoint(folder))
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _load(
+    auto_class: Any, folder: Path, new: tuple[str, ...] = (), unused: tuple[str, ...] = (), **settings: Any
+) -> Any:
+    """``from_pretrained``, refusing tensors it would draw at random (but for ``new``) or drop (but for ``unused``)."""
     try:
         model, report = auto_class.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **settings
@@ -45,11 +57,17 @@ def _load(auto_class: Any, folder: Path, new_tensors: tuple[str, ...] = (), **se
         reason = str(error).splitlines()[0]
         raise ValueError(f"{folder}: cannot read its weights ({reason}); copy or save the folder again") from None
     mismatched = {name for name, *_ in report["mismatched_keys"]}
-    wrong = sorted(mismatched | set(report["missing_keys"]).difference(new_tensors))
+    wrong = sorted(mismatched | set(report["missing_keys"]).difference(new))
     if wrong:
         raise ValueError(
             f"{folder}: {len(wrong)} tensors are missing or not of the shape that config.json implies (first: "
             f"{', '.join(wrong[:3])}); save the folder again with save_pretrained"
+        )
+    dropped = sorted(set(report["unexpected_keys"]).difference(unused))
+    if dropped:
+        raise ValueError(
+            f"{folder}: {type(model).__name__} has no place for {len(dropped)} of its tensors (first: "
+            f"{', '.join(dropped[:3])}); give a folder of the kind that is asked for"
         )
     return model
 
@@ -67,7 +85,7 @@ def load_causal_lm(
     folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """A language model from a checkpoint folder, in eval mode and without dropout."""
-    model = _load(AutoModelForCausalLM, _require_checkpoint(folder), dtype=dtype)
+    model = _load(AutoModelForCausalLM, require_checkpoint(folder), dtype=dtype)
     disable_dropout(model)
     return model.eval().to(torch.device(device))
 
@@ -87,7 +105,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
     Masks never come from comparing ids with the pad id, so pad = eos is safe.
     """
-    tokenizer = AutoTokenizer.from_pretrained(_require_checkpoint(folder))
+    tokenizer = AutoTokenizer.from_pretrained(require_checkpoint(folder))
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"{folder}: its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json"
@@ -104,7 +122,7 @@ def require_same_tokenizer(first: str | Path, second: str | Path) -> None:
     A KL between models that number their tokens differently is meaningless. A folder without tokenizer files is
     compared by vocabulary size alone.
     """
-    sizes = [AutoConfig.from_pretrained(_require_checkpoint(f)).vocab_size for f in (first, second)]
+    sizes = [AutoConfig.from_pretrained(require_checkpoint(f)).vocab_size for f in (first, second)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"{second}: vocabulary of {sizes[1]} tokens, but {first} has {sizes[0]}; use models of one family"
@@ -197,7 +215,7 @@ def load_scalar_head_model(
     that the folder lacks is drawn from N(0, 1/(d+1)) (Stiennon et al. 2020), d the hidden size. ``require_head``
     refuses a folder without a head.
     """
-    folder = _require_checkpoint(folder)
+    folder = require_checkpoint(folder)
     config = AutoConfig.from_pretrained(folder)
     has_head = any("SequenceClassification" in name for name in config.architectures or [])
     if has_head and config.num_labels != 1:
@@ -209,9 +227,10 @@ def load_scalar_head_model(
             f"{folder}: a language model, without a reward head; train one from it with python -m rlhf.reward_model"
         )
     config.num_labels = 1
-    new_tensors = () if has_head else ("score.weight",)
-    with _quiet_loading(has_head):
-        model = _load(AutoModelForSequenceClassification, folder, new_tensors, config=config, dtype=torch.float32)
+    # A language model lacks the head that is wanted here, and has one that is not.
+    new, unused = ((), ()) if has_head else (("score.weight",), ("lm_head.weight",))
+    with nullcontext() if has_head else _quiet():
+        model = _load(AutoModelForSequenceClassification, folder, new, unused, config=config, dtype=torch.float32)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise ValueError(
             f"{folder}: {type(model).__name__} has no linear head named score; use a decoder-only language model"
@@ -230,20 +249,12 @@ def response_values(model: ScalarHeadModel, batch: TokenBatch) -> Tensor:
     return model(batch.tokens, batch.attention_mask)[:, num_prompt - 1 : -1]
 
 
-class _quiet_loading:
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Silence transformers' report of a newly initialised head, which is what is wanted here."""
-
-    def __init__(self, has_head: bool) -> None:
-        self.has_head = has_head
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self.verbosity = logging.get_verbosity()
-        if not self.has_head:
-            logging.set_verbosity_error()
-
-    def __exit__(self, *exception: Any) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self.verbosity)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -29,7 +29,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,12 @@ from rlhf.masking import masked_mean, masked_sum, masked_whiten
 from rlhf.metrics import explained_variance, mean_estimate, peak_memory_bytes, ratio_estimate
 from rlhf.models import (
     ScalarHeadModel,
+    context_length,
     gather_logprobs,
     load_causal_lm,
     load_scalar_head_model,
     load_tokenizer,
+    require_checkpoint,
     require_same_tokenizer,
     response_log_distributions,
     response_values,
@@ -61,6 +63,7 @@ from rlhf.rewards import Reward, load_reward
 from rlhf.rollout import Rollout, sample
 from rlhf.run_folder import Progress, RunFolder, Trainables
 from rlhf.summary import summarise, summary_table
+from soupkit.methods import normalised_weights
 
 # ── The maths ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # B responses, T response tokens; a mask is True on tokens that count.
@@ -137,7 +140,8 @@ class Run:
     policy: PreTrainedModel
     value_model: ScalarHeadModel
     reference: ModelReference
-    tracked: dict[str, ModelReference]
+    names: dict[str, str]  # short name → folder, of every model that the KL is reported to
+    tracked: dict[str, ModelReference]  # those of them that it is measured to at every update
     rewards: dict[str, Reward]
     prompts: list[Prompt]
     test_prompts: list[Prompt]
@@ -149,11 +153,6 @@ class Run:
     def trainables(self) -> Trainables:
         """What training changes."""
         return Trainables(self.policy, self.value_model, self.policy_optimizer, self.value_optimizer)
-
-    @property
-    def forward_batch_size(self) -> int:
-        """Episodes per forward pass, in training and in scoring alike."""
-        return self.config.micro_batch_size or self.config.minibatch_size
 
 
 @dataclass(frozen=True)
@@ -170,6 +169,9 @@ class Experience:
         """The given episodes."""
         tensors = (self.logprobs, self.values, self.advantages, self.returns)
         return Experience(self.rollout.rows(indices), *(tensor[indices] for tensor in tensors))
+
+
+Scores = dict[str, Tensor]  # by reward, one per response: [B]
 
 
 def names_of(folders: Sequence[str]) -> dict[str, str]:
@@ -209,25 +211,28 @@ def set_up(config: PPOConfig) -> Run:
     device = accelerator.device
     for folder in [*config.reference, *config.track_kl]:
         require_same_tokenizer(policy_folder, folder)
+    normalised_weights(config.reference_weights or None, len(reference_of(config)[0]))
+    value_folder = value_start(config)
     tokenizer = load_tokenizer(policy_folder)
-    policy = load_causal_lm(policy_folder, device=device)
-    context = getattr(policy.config, "max_position_embeddings", None)
+    context = context_length(policy_folder)
     room = None if context is None else context - config.max_new_tokens
+    if room is not None and room < 1:
+        raise ValueError(f"max_new_tokens={config.max_new_tokens}: leaves no room for a prompt in {context}; lower it")
     prompts = load_prompts(config.prompts, tokenizer, room)
     if config.test_prompts:
         test_prompts = load_prompts(config.test_prompts, tokenizer, room)
     else:
         prompts, test_prompts = split_test_prompts(prompts, config)
 
-    forward_batch_size = config.micro_batch_size or config.minibatch_size
     specs = {"proxy_reward": reward, **({"gold_reward": config.gold_reward} if config.gold_reward else {})}
     rewards = {
-        name: load_reward(spec, policy=policy_folder, device=device, batch_size=forward_batch_size)
+        name: load_reward(spec, policy=policy_folder, device=device, batch_size=config.forward_batch_size)
         for name, spec in specs.items()
     }
-    reference = load_reference(*reference_of(config), device=device)
-    tracked = {name: load_reference([folder], device=device) for name, folder in names_of(config.track_kl).items()}
-    value_model = load_scalar_head_model(value_start(config), device=device, zero_head=True)
+    names = names_of([policy_folder, *config.reference, *config.track_kl])
+    tracked_paths = {Path(folder).resolve() for folder in config.track_kl}
+    policy = load_causal_lm(policy_folder, device=device)
+    value_model = load_scalar_head_model(value_folder, device=device, zero_head=True)
     betas = (config.adam_beta1, config.adam_beta2)
     return Run(
         config=config,
@@ -235,8 +240,13 @@ def set_up(config: PPOConfig) -> Run:
         tokenizer=tokenizer,
         policy=policy,
         value_model=value_model,
-        reference=reference,
-        tracked=tracked,
+        reference=load_reference(*reference_of(config), device=device),
+        names=names,
+        tracked={
+            name: load_reference([folder], device=device)
+            for name, folder in names.items()
+            if Path(folder).resolve() in tracked_paths
+        },
         rewards=rewards,
         prompts=prompts,
         test_prompts=test_prompts,
@@ -285,16 +295,20 @@ def roll_out(run: Run, prompts: list[Prompt], purpose: str, index: int = 0, prog
     )
 
 
+def score(run: Run, rollout: Rollout) -> Scores:
+    """What every reward says of a rollout."""
+    return {name: reward(rollout) for name, reward in run.rewards.items()}
+
+
 @torch.no_grad()
-def collect(run: Run, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
-    """Score a rollout, measure its KL to the reference, estimate advantages; also returns the batch's metrics."""
+def collect(run: Run, rollout: Rollout, scores: Scores) -> tuple[Experience, dict[str, float]]:
+    """Measure a scored rollout's KL to the reference, estimate advantages; also returns the batch's metrics."""
     config, mask = run.config, rollout.response_mask
-    scores = {name: reward(rollout) for name, reward in run.rewards.items()}
     penalised = scores["proxy_reward"] - config.missing_eos_penalty * (~rollout.finished).float()
 
     parts: list[tuple[Tensor, ...]] = []
     exact_kl: dict[str, list[Tensor]] = {name: [] for name in ("reference", *run.tracked)}
-    for part in rollout.split(run.forward_batch_size):
+    for part in rollout.split(run.config.forward_batch_size):
         log_distributions = response_log_distributions(run.policy, part, config.temperature)
         ref_log_distributions = run.reference.log_distributions(part, config.temperature)
         tokens = part.response_tokens
@@ -373,10 +387,12 @@ def minibatch_step(run: Run, minibatch: Experience) -> dict[str, float]:
     num_tokens = int(minibatch.rollout.response_mask.sum())
     sums: dict[str, float] = {}
     ratio_deviation = 0.0
-    for indices in torch.arange(len(minibatch.rollout)).split(run.forward_batch_size):
+    for indices in torch.arange(len(minibatch.rollout)).split(run.config.forward_batch_size):
         part = minibatch.rows(indices)
         mask, tokens = part.rollout.response_mask, part.rollout.response_tokens
         logprobs = gather_logprobs(response_log_distributions(run.policy, part.rollout, config.temperature), tokens)
+        # Padding drifts freely as the policy changes, and exp of a large log-ratio would make its zero gradient NaN.
+        logprobs = logprobs.where(mask, part.logprobs)
         token_losses, clipped = policy_loss(logprobs, part.logprobs, part.advantages, config.clip_range)
         (masked_sum(token_losses, mask) / num_tokens).backward()
         values = response_values(run.value_model, part.rollout)
@@ -415,35 +431,24 @@ def minibatch_step(run: Run, minibatch: Experience) -> dict[str, float]:
 # ── The run ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def evaluate_policy(run: Run, when: str) -> tuple[Evaluation, Rollout]:
-    """The policy on held-out prompts: rewards, exact KL to the reference, its ingredients and the start, entropy,
-    length.
+def evaluate_policy(run: Run, when: str) -> tuple[Evaluation, Rollout, Scores]:
+    """The policy on held-out prompts: rewards, entropy, length, exact KL to the reference and to every named model.
 
     Before and after training use the same prompts and the same random numbers.
     """
-    config = run.config
-    assert config.policy is not None
-    prompts = [run.test_prompts[i % len(run.test_prompts)] for i in range(config.eval_episodes)]
+    prompts = [run.test_prompts[i % len(run.test_prompts)] for i in range(run.config.eval_episodes)]
     rollout = roll_out(run, prompts, "evaluation", progress=f"evaluate {when}")
-    folders = names_of([config.policy, *config.reference, *config.track_kl])
-    others = {name: run.tracked.get(name) or load_reference([f], device=run.device) for name, f in folders.items()}
+    scores = score(run, rollout)
+    others = {name: run.tracked.get(name) or load_reference([f], device=run.device) for name, f in run.names.items()}
     evaluation = evaluate(
         run.policy,
         rollout,
-        run.rewards,
+        scores,
         {"reference": run.reference, **others},
-        temperature=config.temperature,
-        batch_size=run.forward_batch_size,
+        temperature=run.config.temperature,
+        batch_size=run.config.forward_batch_size,
     )
-    return evaluation, rollout
-
-
-def log_samples(run: Run, folder: RunFolder, update: int, prompts: str, rollout: Rollout) -> None:
-    """The first few responses of a rollout with their rewards, for ``samples.jsonl``."""
-    if run.config.num_samples == 0:
-        return
-    few = rollout.rows(slice(0, run.config.num_samples))
-    folder.log_samples(update, prompts, few, {name: reward(few) for name, reward in run.rewards.items()})
+    return evaluation, rollout, scores
 
 
 def train(config: PPOConfig) -> dict[str, Any]:
@@ -453,9 +458,10 @@ def train(config: PPOConfig) -> dict[str, Any]:
     run = set_up(config)
     progress = folder.resume(run.trainables) if config.resume else None
     if progress is None:
-        before, before_rollout = evaluate_policy(run, "before")  # first, as it may show the reward to be broken
+        score(run, roll_out(run, run.test_prompts[:2], "probe"))  # a broken reward shows now, not after long sampling
+        before, rollout, scores = evaluate_policy(run, "before")
         folder.create(config, describe_reference(*reference_of(config)))
-        log_samples(run, folder, 0, "held-out", before_rollout)
+        folder.log_samples(0, "held-out", rollout, scores, number=config.num_samples)
         progress = Progress(update=0, seconds=0.0, kl_coef=config.kl_coef, before=before)
     run.kl_controller.coef = progress.kl_coef
 
@@ -469,13 +475,14 @@ def train(config: PPOConfig) -> dict[str, Any]:
             indices = shuffled_batch(len(run.prompts), config.batch_size, update - 1, config.seed).tolist()
             rollout = roll_out(run, [run.prompts[i] for i in indices], "rollout", update)
             sampled = time.perf_counter()
-            experience, metrics = collect(run, rollout)
+            scores = score(run, rollout)
+            experience, metrics = collect(run, rollout, scores)
             collected = time.perf_counter()
             metrics |= optimise(run, experience, update)
             trained = time.perf_counter()
 
             folder.log({"update": update, "episodes": update * config.batch_size, **metrics})
-            log_samples(run, folder, update, "training", rollout)
+            folder.log_samples(update, "training", rollout, scores, number=config.num_samples)
             folder.log_timing(
                 update, rollout=sampled - start, scoring=collected - sampled, training=trained - collected
             )
@@ -485,7 +492,7 @@ def train(config: PPOConfig) -> dict[str, Any]:
                 state = Progress(update, seconds(), run.kl_controller.coef, progress.before)
                 folder.checkpoint(state, run.trainables, run.tokenizer, config.keep_checkpoints)
 
-    after, after_rollout = evaluate_policy(run, "after")
+    after, rollout, scores = evaluate_policy(run, "after")
     summary = summarise(
         progress.before,
         after,
@@ -494,20 +501,34 @@ def train(config: PPOConfig) -> dict[str, Any]:
         seconds=seconds(),
         peak_memory_bytes=peak_memory_bytes(run.device),
     )
-    log_samples(run, folder, config.updates, "held-out", after_rollout)
+    folder.log_samples(config.updates, "held-out", rollout, scores, number=config.num_samples)
     folder.finish(run.policy, run.tokenizer, summary)
     print(summary_table(summary))
     print(f"\n{config.updates} updates, {summary['episodes']} episodes, {summary['seconds']:.0f} s → {folder.path}")
     return summary
 
 
+def resumed_config(given: PPOConfig, argv: Sequence[str] | None) -> PPOConfig:
+    """The settings that the run in ``given.output`` started with; ValueError when the command line has others."""
+    path = Path(str(given.output)) / "config.yaml"
+    settings = read_settings(path)
+    started = parse_config(PPOConfig, ["--output", str(given.output), "--resume"], description="", defaults=settings)
+    asked = parse_config(PPOConfig, argv, description="", defaults=settings)
+    for setting in fields(PPOConfig):
+        if getattr(asked, setting.name) != getattr(started, setting.name):
+            raise ValueError(f"--{setting.name}: a resumed run keeps the settings of {path}; leave it out")
+    return started
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """``python -m rlhf.ppo``."""
     config = parse_config(PPOConfig, argv, description=__doc__)
     if config.resume:
-        settings = read_settings(Path(str(config.output)) / "config.yaml")
-        config = parse_config(PPOConfig, argv, description=__doc__, defaults=settings)
+        config = resumed_config(config, argv)
     elif config.policy is None and config.prompts is None:
+        RunFolder(config)  # whatever is wrong with the command line is said before the task is made
+        for folder in [*config.reference, *config.track_kl]:
+            require_checkpoint(folder)
         from rlhf.reviews.recipe import ppo_settings
 
         config = parse_config(PPOConfig, argv, description=__doc__, defaults=ppo_settings())

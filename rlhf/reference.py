@@ -27,10 +27,10 @@ class Reference(Protocol):
 
 
 class ModelReference:
-    """A language model as the reference, which it freezes in place; a soup is one model too."""
+    """A language model as the reference; a soup is one model too."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
 
     @torch.no_grad()
     def log_distributions(self, rollout: Rollout, temperature: float = 1.0) -> Tensor:
@@ -54,6 +54,7 @@ def load_reference(
     model = load_causal_lm(folders[0])
     if len(folders) > 1 or weights is not None:
         model = causal_lm_with(model, soupkit.average(list(folders), weights, dtype=torch.float32, progress=progress))
+    model.requires_grad_(False)
     return ModelReference(model.eval().to(torch.device(device)))
 
 

@@ -23,7 +23,7 @@ from torch.nn.functional import logsigmoid
 from rlhf.checkpointing import require_new, save_model
 from rlhf.config import parse_config, required, run_command, setting
 from rlhf.data import Example, Pair, batch_examples, load_pairs
-from rlhf.models import ScalarHeadModel, load_scalar_head_model, load_tokenizer
+from rlhf.models import ScalarHeadModel, context_length, load_scalar_head_model, load_tokenizer
 from rlhf.rewards import last_token_scores
 from rlhf.training import OptimizationConfig, minimise
 
@@ -91,6 +91,8 @@ def train_reward_model(
     scores = torch.cat(score_pairs(model, pairs, pad_token_id, batch_size=config.micro_batch_size or config.batch_size))
     model.model.config.score_mean = float(scores.mean())
     model.model.config.score_std = float(scores.std())
+    if not model.model.config.score_std > 0:
+        raise ValueError("the reward model gives every training response one score; train longer or on other pairs")
     return losses
 
 
@@ -99,8 +101,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(RewardModelConfig, argv, description=__doc__)
     require_new(config.output)
     tokenizer = load_tokenizer(config.model)
-    pairs = load_pairs(config.data, tokenizer, config.max_tokens)
-    held_out = load_pairs(config.test_data, tokenizer, config.max_tokens) if config.test_data else []
+    max_tokens = min(config.max_tokens, context_length(config.model) or config.max_tokens)
+    pairs = load_pairs(config.data, tokenizer, max_tokens)
+    held_out = load_pairs(config.test_data, tokenizer, max_tokens) if config.test_data else []
     torch.manual_seed(config.seed)  # the new head is drawn at random
     model = load_scalar_head_model(config.model, device=Accelerator().device)
     losses = train_reward_model(model, pairs, config, pad_token_id=tokenizer.pad_token_id)

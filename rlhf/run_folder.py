@@ -93,12 +93,14 @@ class RunFolder:
         """Add the seconds that the phases of an update took to ``timings.jsonl``."""
         append_json_line(self.path / "timings.jsonl", {"update": update, **seconds})
 
-    def log_samples(self, update: int, prompts: str, rollout: Rollout, rewards: Mapping[str, torch.Tensor]) -> None:
-        """Add responses and rewards to ``samples.jsonl``; ``prompts`` says whether to training or held-out prompts."""
-        for i in range(len(rollout)):
+    def log_samples(
+        self, update: int, prompts: str, rollout: Rollout, scores: Mapping[str, torch.Tensor], *, number: int
+    ) -> None:
+        """Add the first responses and their scores to ``samples.jsonl``; ``prompts``: training or held-out ones."""
+        for i in range(min(number, len(rollout))):
             row = {"update": update, "prompts": prompts, "prompt": rollout.prompts[i], "response": rollout.responses[i]}
             append_json_line(
-                self.path / "samples.jsonl", row | {name: float(values[i]) for name, values in rewards.items()}
+                self.path / "samples.jsonl", row | {name: float(values[i]) for name, values in scores.items()}
             )
 
     def checkpoint(
@@ -121,7 +123,8 @@ class RunFolder:
             return None
         newest = checkpoints[-1]
         policy = type(trainables.policy).from_pretrained(newest, dtype=torch.float32)
-        trainables.restore(policy.state_dict(), torch.load(newest / "training_state.pt", weights_only=True))
+        state = torch.load(newest / "training_state.pt", map_location="cpu", weights_only=True)
+        trainables.restore(policy.state_dict(), state)
         progress = Progress.read(newest / "progress.json")
         for name in LOGS:
             kept = [row for row in read_json_lines(self.path / name) if row["update"] <= progress.update]

@@ -23,7 +23,7 @@ from rlhf.config import parse_config, required, run_command, setting
 from rlhf.data import Example, batch_examples, load_examples
 from rlhf.evaluation import evaluate_loss
 from rlhf.masking import masked_sum
-from rlhf.models import gather_logprobs, load_causal_lm, load_tokenizer, response_log_distributions
+from rlhf.models import context_length, gather_logprobs, load_causal_lm, load_tokenizer, response_log_distributions
 from rlhf.training import OptimizationConfig, minimise
 
 
@@ -68,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(SFTConfig, argv, description=__doc__)
     require_new(config.output)
     tokenizer = load_tokenizer(config.model)
-    examples = load_examples(config.data, tokenizer, config.max_tokens)
-    held_out = load_examples(config.test_data, tokenizer, config.max_tokens) if config.test_data else []
+    max_tokens = min(config.max_tokens, context_length(config.model) or config.max_tokens)
+    examples = load_examples(config.data, tokenizer, max_tokens)
+    held_out = load_examples(config.test_data, tokenizer, max_tokens) if config.test_data else []
     model = load_causal_lm(config.model, device=Accelerator().device)
     size = config.micro_batch_size or config.batch_size
     before = evaluate_loss(model, held_out, tokenizer.pad_token_id, batch_size=size) if held_out else None

@@ -40,8 +40,9 @@ def average(
       held; with ``out`` they give a folder there, streamed too, and its path.
 
     Floating-point tensors are merged in a wider precision (float32 for float16 and bfloat16, float64 for float32) and
-    rounded once, so the uniform average of two is exact. Integer tensors must be equal in all models; BatchNorm's
-    ``num_batches_tracked`` is the first's. NaN and infinite values stay where they are, and a warning counts them.
+    rounded once, so the uniform average of two, in their own dtype, is exact. Integer tensors must be equal in all
+    models; BatchNorm's ``num_batches_tracked`` is the first's. NaN and infinite values stay where they are, and a
+    warning counts them.
 
     Args:
         models: one or more of the same kind, with the same tensor names and shapes.

@@ -171,7 +171,8 @@ def _locate(source: str | Path) -> Path:
         return path
     if path.exists():
         raise MergeError(f"{source} is a file: give the checkpoint folder that holds it")
-    if isinstance(source, str) and HUB_ID.fullmatch(source):
+    # Where its parent is a folder here, as in runs/sft9, it is a mistyped path rather than a hub id.
+    if isinstance(source, str) and HUB_ID.fullmatch(source) and not path.parent.is_dir():
         return _download(source)
     raise MergeError(f"{source} does not exist: give a checkpoint folder, or a hub id such as org/name")
 

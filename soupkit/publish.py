@@ -94,10 +94,8 @@ def _runs_elsewhere(pid: int) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)  # it runs, but is another user's
     return True
 
 

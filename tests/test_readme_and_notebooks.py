@@ -50,7 +50,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> ReviewsTask:
 
 
 @pytest.fixture
-def workplace(cached: ReviewsTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(cached: ReviewsTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current directory with the files that the README's commands start from."""
     monkeypatch.setenv("SOUPKIT_CACHE", str(cached.folder.parent))
     monkeypatch.chdir(tmp_path)
@@ -62,7 +62,7 @@ def workplace(cached: ReviewsTask, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return tmp_path
 
 
-def test_every_command_of_the_readme_runs(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_of_the_readme_runs(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = [
         shlex.split(command)[2:]
         for block in blocks("bash")
@@ -76,15 +76,21 @@ def test_every_command_of_the_readme_runs(workplace: Path, capsys: pytest.Captur
         main, tiny = COMMANDS[module]
         assert main([*arguments, *tiny]) == 0, capsys.readouterr().err
     for name in ("sft1", "sft2", "reward", "run/policy", "plain/policy", "soup", "nearer-sft1"):
-        assert (workplace / name / "model.safetensors").is_file(), name
-    assert len(list((workplace / "runs").glob("*/summary.json"))) == 1
+        assert (workspace / name / "model.safetensors").is_file(), name
+    assert len(list((workspace / "runs").glob("*/summary.json"))) == 1
     assert "gold reward" in capsys.readouterr().out
 
     # The Python block goes on where the commands ended.
     (program,) = blocks("python")
     exec(compile(program, "README.md", "exec"), {})
-    assert (workplace / "weighted" / "soup.json").is_file()
-    assert (workplace / "path.png").stat().st_size > 0
+    assert (workspace / "weighted" / "soup.json").is_file()
+    assert (workspace / "path.png").stat().st_size > 0
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]
 
 
 def test_the_readme_names_every_module() -> None:

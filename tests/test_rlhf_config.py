@@ -79,14 +79,14 @@ def test_saved_settings_are_read_back(tmp_path: Path) -> None:
         (["--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--temperature", "0"], r"temperature=0\.0: must be greater than 0"),
         (["--temperature", "nan"], "temperature=nan: must be greater than 0"),
-        (["--kl-coef", "-0.1"], r"kl_coef=-0\.1: must not be negative"),
+        (["--kl-coef", "-0.1"], r"kl_coef=-0\.1: must be finite and not negative"),
         (["--kl-target", "0"], r"kl_target=0\.0: must be greater than 0, in nats per response"),
         (["--kl-horizon", "0"], "kl_horizon=0"),
         (["--gamma", "1.1"], r"gamma=1\.1: must lie between 0 and 1"),
         (["--gae-lambda", "-0.5"], r"gae_lambda=-0\.5: must lie between 0 and 1"),
         (["--clip-range", "0"], r"clip_range=0\.0"),
         (["--clip-range-value", "-1"], r"clip_range_value=-1\.0"),
-        (["--missing-eos-penalty", "-1"], r"missing_eos_penalty=-1\.0: must not be negative"),
+        (["--missing-eos-penalty", "-1"], r"missing_eos_penalty=-1\.0: must be finite and not negative"),
         (["--value-init", "zero"], "value_init='zero': must be auto, reward or policy"),
         (["--learning-rate", "0"], r"learning_rate=0\.0"),
         (["--value-learning-rate", "nan"], "value_learning_rate=nan"),
@@ -100,7 +100,8 @@ def test_saved_settings_are_read_back(tmp_path: Path) -> None:
         (["--num-samples", "-1"], "num_samples=-1"),
         (["--checkpoint-every", "-1"], "checkpoint_every=-1"),
         (["--keep-checkpoints", "0"], "keep_checkpoints=0"),
-        (["--seed", "-1"], "seed=-1: must not be negative"),
+        (["--seed", "-1"], "seed=-1: must be finite and not negative"),
+        (["--temperature", "inf"], "temperature=inf: must be greater than 0 and finite"),
         (["--resume"], "resume: say which run to go on with, by --output FOLDER"),
         (["--updates", "many"], "--updates: invalid int value: 'many'"),
         (["--reference-weights", "1", "half"], "invalid float value: 'half'"),
@@ -192,7 +193,7 @@ def test_help_explains_every_setting_and_shows_every_default(
 
 
 def settings_read(*modules: str) -> set[str]:
-    """Attributes read off something called ``config`` in these modules, their config classes' own bodies left out."""
+    """Attributes read off something called ``config`` in these modules, or in a config's own properties."""
     names: set[str] = set()
     for module in modules:
         tree = ast.parse((ROOT / "rlhf" / f"{module}.py").read_text(encoding="utf-8"))
@@ -204,13 +205,21 @@ def settings_read(*modules: str) -> set[str]:
                 name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", None)
                 if name == "config":
                     names.add(node.attr)
+        names |= {
+            node.attr
+            for config in classes
+            for method in config.body
+            if isinstance(method, ast.FunctionDef) and "property" in map(ast.unparse, method.decorator_list)
+            for node in ast.walk(method)
+            if isinstance(node, ast.Attribute)
+        }
     return names
 
 
 @pytest.mark.parametrize(
     ("config_class", "modules"),
     [
-        (PPOConfig, ("ppo", "run_folder")),
+        (PPOConfig, ("ppo", "run_folder", "config")),
         (SFTConfig, ("sft", "training")),
         (RewardModelConfig, ("reward_model", "training")),
     ],

@@ -168,7 +168,7 @@ def test_a_prompt_without_room_for_a_response_is_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, loader: Loader
 ) -> None:
     path = write(tmp_path, "rows.jsonl", GOOD, {**GOOD, "prompt": "a b c"})
-    with pytest.raises(ValueError, match=r"rows\.jsonl:2: prompt of 4 tokens leaves no room in 4; raise --max_tokens"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: prompt of 4 tokens leaves no room for a response in 4"):
         loader(path, tokenizer, 4)
 
 

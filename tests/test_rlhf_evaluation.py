@@ -63,11 +63,19 @@ def test_kl_and_entropy_of_each_response(
     assert entropies.tolist() == pytest.approx(expected_entropies, rel=1e-4)
 
 
+def stderr_over_prompts(values: torch.Tensor, prompts: list[str]) -> float:
+    """√(Σ_g (Σ_{i∈g} (x_i − mean))² · G / (G − 1)) / n over the G prompts, written out."""
+    centred = (values.double() - values.double().mean()).tolist()
+    sums = [sum(c for c, p in zip(centred, prompts, strict=True) if p == prompt) for prompt in set(prompts)]
+    assert 1 < len(sums) < len(prompts)
+    return (sum(s**2 for s in sums) * len(sums) / (len(sums) - 1)) ** 0.5 / len(values)
+
+
 def test_evaluation_averages_over_responses_and_entropy_over_tokens(
     policy: PreTrainedModel, other: ModelReference, rollout: Rollout
 ) -> None:
-    rewards = {"words": FunctionReward(count_words, "words")}
-    evaluation = evaluate(policy, rollout, rewards, {"other": other}, temperature=0.7)
+    scores = {"words": FunctionReward(count_words, "words")(rollout)}
+    evaluation = evaluate(policy, rollout, scores, {"other": other}, temperature=0.7)
     divergences, entropies = sums_alone(policy, other, rollout)
     lengths = rollout.response_lengths.double()
     num = len(rollout)
@@ -75,13 +83,13 @@ def test_evaluation_averages_over_responses_and_entropy_over_tokens(
     assert evaluation.kl["other"].mean == pytest.approx(sum(divergences) / num, rel=1e-4)
     assert evaluation.entropy.mean == pytest.approx(sum(entropies) / lengths.sum().item(), rel=1e-4)
     assert evaluation.response_length.mean == pytest.approx(lengths.mean().item())
-    assert evaluation.response_length.stderr == pytest.approx(lengths.std().item() / num**0.5)
+    assert evaluation.response_length.stderr == pytest.approx(stderr_over_prompts(lengths, rollout.prompts))
     words = torch.tensor([float(len(response.split())) for response in rollout.responses])
     assert evaluation.rewards["words"].mean == pytest.approx(words.mean().item())
-    assert evaluation.rewards["words"].stderr == pytest.approx(words.std().item() / num**0.5)
+    assert evaluation.rewards["words"].stderr == pytest.approx(stderr_over_prompts(words, rollout.prompts))
 
 
 def test_an_evaluation_survives_json(policy: PreTrainedModel, other: ModelReference, rollout: Rollout) -> None:
-    rewards = {"words": FunctionReward(count_words, "words")}
-    evaluation = evaluate(policy, rollout, rewards, {"other": other})
+    scores = {"words": FunctionReward(count_words, "words")(rollout)}
+    evaluation = evaluate(policy, rollout, scores, {"other": other})
     assert Evaluation.from_json(json.loads(json.dumps(asdict(evaluation)))) == evaluation

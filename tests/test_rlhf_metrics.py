@@ -13,6 +13,7 @@ from rlhf.metrics import (
     explained_variance,
     mean_estimate,
     peak_memory_bytes,
+    per_prompt_estimate,
     ratio_estimate,
     read_json_lines,
     table,
@@ -107,3 +108,17 @@ def test_table_aligns_the_first_column_left_and_others_right() -> None:
 
 def test_peak_memory_is_in_bytes() -> None:
     assert 50e6 < peak_memory_bytes(torch.device("cpu")) < 100e9
+
+
+def test_prompts_are_the_independent_units() -> None:
+    values, ones = torch.tensor([1.0, 3.0, 6.0, 2.0]), torch.ones(4)
+    # a: 1 + 3 over 2, b: 6 over 1, c: 2 over 1; ratio 3, residuals -2, 3, -1
+    mean, stderr = per_prompt_estimate(values, ones, ["a", "a", "b", "c"])
+    assert mean == pytest.approx(3.0)
+    assert stderr == pytest.approx((14 / 2 / 3) ** 0.5 / (4 / 3))
+    assert per_prompt_estimate(values, ones, list("abcd")) == pytest.approx(mean_estimate(values))
+    assert per_prompt_estimate(values, ones, ["a"] * 4) == pytest.approx(mean_estimate(values))
+
+
+def test_returns_that_do_not_vary_are_not_explained() -> None:
+    assert explained_variance(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 3.0])) == 0.0

@@ -188,8 +188,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     output = tmp_path / "killed"
     settings = settings_of_full_run(checkpoints) | {"reward": "helpers:share_of_a_until_killed"}
     arguments = ppo_arguments(checkpoints, prompt_file, output, **settings)
-    # Two calls before training and two an update: the ninth scores the fourth rollout.
-    killed = run_python(["-m", "rlhf.ppo", *arguments], KILL_AT_CALL="9")
+    # A probe and an evaluation before training, then one call an update: the sixth scores the fourth rollout.
+    killed = run_python(["-m", "rlhf.ppo", *arguments], KILL_AT_CALL="6")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [row["update"] for row in read_lines(output / "metrics.jsonl")] == [1, 2, 3]
     assert not (output / "summary.json").exists()
@@ -298,3 +298,11 @@ def test_an_easy_reward_rises(checkpoints: dict[str, Path], prompt_file: Path, t
     error = (reward["before_stderr"] ** 2 + reward["after_stderr"] ** 2) ** 0.5
     assert reward["after"] - reward["before"] > 4 * error
     assert reward["after"] > 0.5
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_resuming_with_other_settings_is_refused(full_run: Path, tmp_path: Path) -> None:
+    cut = Path(shutil.copytree(full_run, tmp_path / "cut"))
+    (cut / "summary.json").unlink()
+    with pytest.raises(ValueError, match=r"--kl_coef: a resumed run keeps the settings of .*cut/config\.yaml"):
+        ppo.main(["--output", str(cut), "--resume", "--kl_coef", "9"])

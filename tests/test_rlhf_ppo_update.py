@@ -16,7 +16,7 @@ from rlhf import ppo
 from rlhf.config import PPOConfig
 from rlhf.data import Prompt
 from rlhf.models import gather_logprobs, response_log_distributions
-from rlhf.ppo import Experience, Run, collect, minibatch_step, names_of, optimise, roll_out, split_test_prompts
+from rlhf.ppo import Experience, Run, collect, minibatch_step, names_of, optimise, roll_out, score, split_test_prompts
 from rlhf.rollout import Rollout
 
 SETTINGS: dict[str, Any] = {
@@ -64,7 +64,7 @@ def rollout(run: Run) -> Rollout:
 
 @pytest.fixture(scope="module")
 def collected(run: Run, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
-    return collect(run, rollout)
+    return collect(run, rollout, score(run, rollout))
 
 
 def rows_alone(rollout: Rollout) -> Iterator[tuple[Tensor, int]]:
@@ -170,7 +170,8 @@ def test_more_padding_changes_nothing_in_an_update(
     short_run, padded_run = (with_plain_descent(set_up(checkpoints, prompt_file)) for _ in range(2))
     before, mask = weights(short_run), rollout.response_mask
     experience, metrics = collected
-    padded, padded_metrics = collect(padded_run, pad_more(rollout, left, right))
+    padded_rollout = pad_more(rollout, left, right)
+    padded, padded_metrics = collect(padded_run, padded_rollout, score(padded_run, padded_rollout))
     assert padded_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5)
     for name in ("logprobs", "values", "advantages", "returns"):
         expected, found = getattr(experience, name), getattr(padded, name)[:, : mask.shape[1]]
@@ -299,7 +300,8 @@ def test_advantages_are_whitened_over_response_tokens_and_returns_are_not(
     checkpoints: dict[str, Path], prompt_file: Path, collected: tuple[Experience, dict[str, float]]
 ) -> None:
     plain = collected[0]
-    whitened, _ = collect(set_up(checkpoints, prompt_file, whiten_advantages=True), plain.rollout)
+    whitening = set_up(checkpoints, prompt_file, whiten_advantages=True)
+    whitened, _ = collect(whitening, plain.rollout, score(whitening, plain.rollout))
     mask = plain.rollout.response_mask
     values = whitened.advantages[mask].double()
     assert values.mean().item() == pytest.approx(0, abs=1e-6)
@@ -320,7 +322,7 @@ def test_rewards_are_whitened_on_request_and_keep_their_mean(
     for whiten in (False, True):
         run = set_up(checkpoints, prompt_file, gamma=0.0, whiten_rewards=whiten)
         nn.init.zeros_(run.value_model.head.weight)
-        rewards.append(collect(run, rollout)[0].advantages[mask].double())
+        rewards.append(collect(run, rollout, score(run, rollout))[0].advantages[mask].double())
     assert rewards[1].mean().item() == pytest.approx(rewards[0].mean().item(), abs=1e-5)
     assert rewards[1].var(correction=0).item() == pytest.approx(1, abs=1e-5)
     assert rewards[0].var(correction=0).item() != pytest.approx(1, abs=0.01)

@@ -442,6 +442,18 @@ def test_bad_folders_are_told_in_one_line(tmp_path, pair, monkeypatch):
     assert not (tmp_path / "soup").exists()
 
 
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(pair, monkeypatch):
+    asked = []
+    monkeypatch.setattr("soupkit.checkpoint._download", lambda hub_id: asked.append(hub_id) or pair[1])
+    monkeypatch.chdir(pair[0].parent)
+    Path("runs").mkdir()
+    for path in ("runs/sft9", "./sft9"):
+        with pytest.raises(MergeError, match=f"^{path} does not exist: give a checkpoint folder, or a hub id"):
+            soupkit.average([pair[0], path], progress=False)
+    soupkit.average([pair[0], "org/name"], progress=False)
+    assert asked == ["org/name"]
+
+
 def test_an_index_must_match_its_shards(tmp_path):
     folder = save(tmp_path / "m", make_state(0), shards=2)
     index = folder / "model.safetensors.index.json"

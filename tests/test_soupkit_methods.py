@@ -106,6 +106,35 @@ def test_the_one_rounding_comes_last():
     # The exact average 1 + 2⁻¹¹ + 2⁻²³ lies just above a tie of float16: casting the ingredients first gives 1 + 0.
     models = [torch.tensor([1 + 2**-11 + 2**-22]), torch.tensor([1 + 2**-11])]
     assert soupkit.average(models, dtype="float16").item() == 1 + 2**-10
+    # 1 + 2⁻⁸ + 2⁻²⁴ lies just above a tie of bfloat16, and is itself a tie of float32 that goes down to the other one:
+    # rounding to float32 on the way gives 1.
+    models = [torch.tensor([1 + 2**-8]), torch.tensor([1 + 2**-8 + 2**-23])]
+    assert soupkit.average(models, dtype="bfloat16").item() == 1 + 2**-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float64_is_rounded_to_16_bits_once(dtype):
+    numbers = adversarial(dtype).double()
+    info = torch.finfo(dtype)
+    spacing = 2.0 ** torch.frexp(numbers.abs().clamp(min=info.smallest_normal)).exponent.double() * info.eps / 2
+    ties = torch.cat([numbers, numbers + spacing / 2, numbers - spacing / 2])
+    # Distances from the ties that float32 cannot see, is tied on, and can see.
+    offsets = torch.tensor([sign * 2.0**-power for power in (16, 20, 24, 25, 26, 40) for sign in (1, -1)])
+    near_ties = (ties[:, None] * (1 + offsets.double())).flatten()
+    extremes = torch.tensor([1e39, 1e308, 1e-39, 2.0**-150, 1e-300], dtype=torch.float64)
+    values = torch.cat([ties, near_ties, extremes, -extremes])
+    with pytest.warns(UserWarning, match="too large for the soup's dtype"):
+        soup = soupkit.average([values], dtype=dtype)
+    expected = [math.copysign(round_once(Fraction(x), dtype), x) for x in values.tolist()]
+    assert same_bits(soup, torch.tensor(expected, dtype=torch.float64).to(dtype))
+
+
+def test_not_a_number_and_infinity_survive_the_rounding():
+    values = torch.tensor([math.nan, math.inf, -math.inf, -0.0])
+    with pytest.warns(UserWarning, match="3 NaN or infinite values, inherited"):
+        soup = soupkit.average([values, values], dtype="bfloat16")
+    assert soup[0].isnan()
+    assert same_bits(soup[1:], values[1:].bfloat16())
 
 
 def test_products_and_sums_are_rounded_separately():
