@@ -18,6 +18,8 @@ Departures from the PPO of Ziegler et al. 2019 (arXiv 1909.08593) and Stiennon e
 - Policy and value model are separate networks with their own AdamW (eps 1e-5, no weight decay), so there is no value
   coefficient. Gradients are clipped; learning rates rise over a few updates and fall linearly to a tenth, not to 0.
 - Held-out responses are sampled at the training temperature, so that their KL is that of the distribution trained.
+- Other defaults: temperature 1 (not 0.7), 2 passes of 2 minibatches (not 4 of 1), AdamW's β₂ 0.99; scores standardised
+  over the reward model's training responses, not over fresh samples of the reference.
 - Every loss is a mean over the response tokens of a minibatch (Σ over tokens / their number), whatever their lengths.
 
 A run folder holds ``config.yaml``, ``metrics.jsonl`` (one object an update), ``timings.jsonl``, ``samples.jsonl``,
