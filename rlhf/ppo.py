@@ -219,7 +219,10 @@ def set_up(config: PPOConfig) -> Run:
     context = context_length(policy_folder)
     room = None if context is None else context - config.max_new_tokens
     if room is not None and room < 1:
-        raise ValueError(f"max_new_tokens={config.max_new_tokens}: leaves no room for a prompt in {context}; lower it")
+        raise ValueError(
+            f"max_new_tokens={config.max_new_tokens}: leaves no room for a prompt in the {context} tokens that "
+            f"{policy_folder} can read; lower it"
+        )
     prompts = load_prompts(config.prompts, tokenizer, room)
     if config.test_prompts:
         test_prompts = load_prompts(config.test_prompts, tokenizer, room)

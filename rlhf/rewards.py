@@ -72,7 +72,10 @@ class FunctionReward:
         self.name = name
 
     def __call__(self, rollout: Rollout) -> Tensor:
-        returned = self.function(rollout.prompts, rollout.responses)
+        try:
+            returned = self.function(rollout.prompts, rollout.responses)
+        except Exception as error:  # the function's own mistake: keep its traceback, which bad input would not have
+            raise RuntimeError(f"reward {self.name} raised {type(error).__name__}: {error}") from error
         try:
             scores = torch.as_tensor(returned, dtype=torch.float32)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -41,6 +41,11 @@ def summary_table(summary: dict[str, Any]) -> str:
     rows = [["held-out prompts", "before", "after", "change"]]
     for name, m in measures.items():
         change, error = m["after"] - m["before"], (m["before_stderr"] ** 2 + m["after_stderr"] ** 2) ** 0.5
-        cells = [f"{m[when]:.3f} ± {m[f'{when}_stderr']:.3f}" for when in ("before", "after")]
-        rows.append([name, *cells, f"{change:+.3f}" + (f" ({change / error:+.1f} SE)" if error > 0 else "")])
+        cells = [f"{_number(m[when])} ± {_number(m[f'{when}_stderr'])}" for when in ("before", "after")]
+        rows.append([name, *cells, _number(change, "+") + (f" ({change / error:+.1f} SE)" if error > 0 else "")])
     return table(rows)
+
+
+def _number(value: float, sign: str = "") -> str:
+    """Three decimals, or powers of ten for what would read as zero and is not."""
+    return f"{value:{sign}.3f}" if value == 0 or abs(value) >= 0.0005 else f"{value:{sign}.0e}"

@@ -125,3 +125,13 @@ def test_a_model_that_is_not_finite_is_named_with_the_prompt(checkpoints: dict[s
     torch.nn.init.constant_(reward.model.head.weight, torch.nan)
     with pytest.raises(ValueError, match=r"reward .*reward: .*nan for prompt 'p q' and response 'a'"):
         reward(TWO)
+
+
+def test_a_mistake_inside_a_function_keeps_its_traceback() -> None:
+    def broken(prompts: list[str], responses: list[str]) -> list[float]:
+        raise ValueError("mine")
+
+    # Not a ValueError: the command line would shorten that to one line without file and line number.
+    with pytest.raises(RuntimeError, match="reward mine:broken raised ValueError: mine") as caught:
+        FunctionReward(broken, "mine:broken")(TWO)
+    assert isinstance(caught.value.__cause__, ValueError)
