@@ -65,7 +65,7 @@ from rlhf.rewards import Reward, load_reward
 from rlhf.rollout import Rollout, sample
 from rlhf.run_folder import Progress, RunFolder, Trainables
 from rlhf.summary import summarise, summary_table
-from soupkit.methods import normalised_weights
+from soupkit.api import average_recipe
 
 # ── The maths ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # B responses, T response tokens; a mask is True on tokens that count.
@@ -213,7 +213,7 @@ def set_up(config: PPOConfig) -> Run:
     device = accelerator.device
     for folder in [*config.reference, *config.track_kl]:
         require_same_tokenizer(policy_folder, folder)
-    normalised_weights(config.reference_weights or None, len(reference_of(config)[0]))
+    average_recipe(*reference_of(config)).validate()
     value_folder = value_start(config)
     tokenizer = load_tokenizer(policy_folder)
     context = context_length(policy_folder)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 import soupkit
 from rlhf.models import causal_lm_with, load_causal_lm, require_same_tokenizer, response_log_distributions
 from rlhf.rollout import Rollout
+from soupkit.api import average_recipe
 
 
 class Reference(Protocol):
@@ -60,4 +61,4 @@ def load_reference(
 
 def describe_reference(folders: Sequence[str | Path], weights: Sequence[float] | None = None) -> dict[str, Any]:
     """The reference's provenance, as ``soup.json`` holds it: ingredients with hashes of their files, and weights."""
-    return soupkit.provenance("average", list(folders), {"weights": weights})
+    return soupkit.provenance(average_recipe(list(folders), weights))

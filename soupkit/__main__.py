@@ -1,16 +1,24 @@
-"""The command line: ``python -m soupkit average|interpolate|methods``."""
+"""The command line: ``python -m soupkit average|interpolate|sweep|merge|diff|inspect|verify|methods``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-from soupkit.api import average, interpolate
+from soupkit.api import Options, average, interpolate, merge, sweep
+from soupkit.diff import diff
 from soupkit.errors import MergeError
-from soupkit.methods import METHODS, Method
+from soupkit.hashing import ALGORITHMS, DEFAULT
+from soupkit.inspection import inspect
+from soupkit.methods import METHODS, Method, find_method
+from soupkit.recipe import Recipe, load_recipe
+from soupkit.verification import verify
 
 DESCRIPTION = "Make one checkpoint folder out of several: a soup."
 EXAMPLES = """\
@@ -21,41 +29,37 @@ examples:
     python -m soupkit average runs/sft1 runs/sft2 runs/sft3 --weights 2 1 1 --dtype bfloat16 --out runs/soup
   30 % of the way from one model to another, along the great circle
     python -m soupkit interpolate runs/sft1 runs/sft2 --t 0.3 --method slerp --out runs/between
+  five points between two models in one pass: runs/wise-ft/t=0 to runs/wise-ft/t=1
+    python -m soupkit sweep base runs/sft1 --ts 0 0.25 0.5 0.75 1 --out runs/wise-ft
+  any other method, on the command line or from a recipe file (ours or mergekit's)
+    python -m soupkit merge --method ties --base base runs/sft1 runs/sft2 --set weight=0.5,0.5 --set density=0.3 \\
+        --out runs/ties
+    python -m soupkit merge recipe.yaml --out runs/soup
   what each method does, and where it comes from
     python -m soupkit methods
+  how far two checkpoints are from each other, what is in one, whether a soup is as it was written
+    python -m soupkit diff runs/sft1 runs/sft2 --base base
+    python -m soupkit inspect runs/soup
+    python -m soupkit verify runs/soup
 
-Ingredients are folders as save_pretrained writes them (safetensors), or hub ids. The soup is such a folder too, with
-soup.json beside the weights: how it was made, and the hashes of what it was made of.
+Models are folders as save_pretrained writes them (safetensors), hub ids, or BASE+ADAPTER for a LoRA adapter and its
+base. The soup is such a folder too, with soup.json beside the weights: how it was made, and the hashes of all files.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, or 2 for bad input, told in one line on stderr."""
+    """Run one command. Returns 0, 1 where verify finds a difference, or 2 for bad input, which is told in one line."""
     arguments = _parser().parse_args(argv)
-    if arguments.command == "methods":
-        print("\n\n".join(_describe(name, method) for name, method in METHODS.items()))
-        return 0
-    options = {
-        "out": arguments.out,
-        "dtype": arguments.dtype,
-        "overwrite": arguments.overwrite,
-        "max_shard_size": arguments.max_shard_size,
-        "progress": not arguments.quiet,
-    }
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            if arguments.command == "average":
-                out = average(arguments.folders, arguments.weights, **options)
-            else:
-                out = interpolate(arguments.a, arguments.b, arguments.t, method=arguments.method, **options)
+            code: int = arguments.run(arguments)
     except (MergeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
-    print(out)
-    return 0
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,40 +71,223 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("average", help=METHODS["average"].summary)
-    command.add_argument("folders", nargs="+", metavar="FOLDER", help="ingredients: checkpoint folders or hub ids")
-    command.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per folder; uniform by default")
-    _add_output_options(command)
+    def add(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help[:1].upper() + help[1:] + ".")
+        command.set_defaults(run=run)
+        return command
 
-    command = commands.add_parser("interpolate", help="point between two models, on a line or a great circle")
-    command.add_argument("a", metavar="A", help="the model at t = 0")
-    command.add_argument("b", metavar="B", help="the model at t = 1")
+    command = add("average", _average, METHODS["linear"].summary)
+    command.add_argument("models", nargs="+", metavar="MODEL", help="ingredients: checkpoint folders or hub ids")
+    command.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per model; uniform by default")
+    _add_merge_options(command)
+
+    command = add("interpolate", _interpolate, "point between two models, on a line or a great circle")
+    _add_ends(command)
     command.add_argument("--t", type=float, required=True, help="how far from A to B; outside 0 to 1 extrapolates")
-    command.add_argument("--method", choices=["linear", "slerp"], default="linear", help="line (default) or arc")
-    _add_output_options(command)
+    _add_merge_options(command)
 
-    commands.add_parser("methods", help="what each method does, needs and is based on")
+    command = add("sweep", _sweep, "many points between two models, in one pass over them")
+    _add_ends(command)
+    command.add_argument("--ts", nargs="+", type=float, required=True, metavar="T", help="how far from A to B, each")
+    _add_merge_options(command, "folder to write t=T folders into")
+
+    command = add("merge", _merge, "any method, from a recipe file or with --method")
+    command.add_argument(
+        "models", nargs="+", metavar="RECIPE|MODEL", help="one recipe file, or with --method the ingredients"
+    )
+    command.add_argument("--method", choices=METHODS, metavar="NAME", help="see: python -m soupkit methods")
+    command.add_argument("--base", metavar="MODEL", help="the model that the others were fine-tuned from")
+    command.add_argument("--fishers", nargs="+", default=[], metavar="FOLDER", help="Fisher information of each model")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a parameter; commas separate one value for each model (repeat the option for more parameters)",
+    )
+    command.add_argument("--tokenizer", metavar="base|union|FOLDER", help="which tokenizer, where the models' differ")
+    _add_merge_options(command)
+
+    command = add("diff", _diff, "what differs between two checkpoints, tensor by tensor")
+    command.add_argument("a", metavar="A")
+    command.add_argument("b", metavar="B")
+    command.add_argument("--base", metavar="MODEL", help="compare how A and B moved away from this model, too")
+    _add_reading_options(command)
+
+    command = add("inspect", _inspect, "what a checkpoint holds")
+    command.add_argument("model", metavar="MODEL")
+    command.add_argument("--tensors", action="store_true", help="list every tensor")
+    command.add_argument("--statistics", action="store_true", help="with mean, spread and range of its values")
+    _add_reading_options(command)
+
+    command = add("verify", _verify, "check a soup's files against the hashes in its soup.json")
+    command.add_argument("folder", metavar="FOLDER")
+    command.add_argument("--ingredients", action="store_true", help="check the models that it was made of, too")
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    command.add_argument("--quiet", action="store_true", help="show no progress bar")
+
+    command = add("methods", _methods, "what each method does, needs and is based on")
+    command.add_argument("names", nargs="*", metavar="NAME", help="only these")
     return parser
 
 
-def _add_output_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--out", required=True, metavar="DIR", help="folder to write; it must not exist")
+def _add_ends(command: argparse.ArgumentParser) -> None:
+    command.add_argument("a", metavar="A", help="the model at t = 0")
+    command.add_argument("b", metavar="B", help="the model at t = 1")
+    command.add_argument("--method", choices=["linear", "slerp"], default="linear", help="line (default) or arc")
+
+
+def _add_merge_options(command: argparse.ArgumentParser, out: str = "folder to write; it must not exist") -> None:
+    command.add_argument("--out", required=True, metavar="DIR", help=out)
     command.add_argument("--dtype", metavar="NAME", help="store in float16, bfloat16, float32 or float64")
     command.add_argument("--overwrite", action="store_true", help="replace the checkpoint at --out")
-    command.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB (default: files as in the first folder)")
+    command.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB (default: files as in the first model)")
+    command.add_argument("--allow-nonfinite", action="store_true", help="go on where a model holds NaN or inf")
+    command.add_argument("--allow-pickle", action="store_true", help="read weights, nothing else, from .bin files")
+    command.add_argument("--hash", choices=ALGORITHMS, default=DEFAULT, help=f"for soup.json (default: {DEFAULT})")
+    command.add_argument("--device", default="cpu", help="where to compute, such as cuda (default: cpu)")
+    command.add_argument("--threads", type=int, metavar="N", help="default: one for each core")
     command.add_argument("--quiet", action="store_true", help="show no progress bar")
 
 
+def _add_reading_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--allow-pickle", action="store_true", help="read weights, nothing else, from .bin files")
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    command.add_argument("--quiet", action="store_true", help="show no progress bar")
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    return {
+        "dtype": arguments.dtype,
+        "overwrite": arguments.overwrite,
+        "max_shard_size": arguments.max_shard_size,
+        "allow_nonfinite": arguments.allow_nonfinite,
+        "allow_pickle": arguments.allow_pickle,
+        "hash": arguments.hash,
+        "device": arguments.device,
+        "num_threads": arguments.threads,
+        "progress": not arguments.quiet,
+    }
+
+
+def _average(arguments: argparse.Namespace) -> int:
+    print(average(arguments.models, arguments.weights, out=arguments.out, **_options(arguments)))
+    return 0
+
+
+def _interpolate(arguments: argparse.Namespace) -> int:
+    between = {"method": arguments.method, "out": arguments.out}
+    print(interpolate(arguments.a, arguments.b, arguments.t, **between, **_options(arguments)))
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    outs = [Path(arguments.out) / f"t={t:g}" for t in arguments.ts]
+    for out in sweep(arguments.a, arguments.b, arguments.ts, method=arguments.method, outs=outs, **_options(arguments)):
+        print(out)
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    print(merge(_recipe(arguments), out=arguments.out, **_options(arguments)))
+    return 0
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    """The recipe file that is named, or the recipe that the options spell out."""
+    if arguments.method is None:
+        spelt_out = [f"--{name}" for name in ("base", "fishers", "set", "tokenizer") if getattr(arguments, name)]
+        if len(arguments.models) != 1 or spelt_out:
+            found = ", ".join(spelt_out) or f"{len(arguments.models)} models"
+            raise MergeError(f"found {found} without --method: name the method, or give one recipe file alone")
+        return load_recipe(arguments.models[0])
+    method = find_method(arguments.method)
+    shared: dict[str, Any] = {}
+    own: list[dict[str, Any]] = [{} for _ in arguments.models]
+    for text in arguments.set:
+        name, _, value = text.partition("=")
+        values = [_value(part) for part in value.split(",")]
+        if len(values) == 1:
+            shared[name] = values[0]
+            continue
+        per_model = name in method.parameters and method.parameters[name].per_ingredient
+        if not per_model or len(values) != len(own):
+            wanted = f"one value, or {len(own)} (one per model)" if per_model else "one value"
+            raise MergeError(f"--set {text} has {len(values)} values: {name} takes {wanted}")
+        for settings, each in zip(own, values, strict=True):
+            settings[name] = each
+    return Recipe(
+        arguments.method,
+        arguments.models,
+        base=arguments.base,
+        parameters=shared,
+        model_parameters=own,
+        fishers=arguments.fishers,
+        tokenizer=arguments.tokenizer,
+    )
+
+
+def _value(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    found = diff(
+        arguments.a,
+        arguments.b,
+        base=arguments.base,
+        allow_pickle=arguments.allow_pickle,
+        progress=not arguments.quiet,
+    )
+    _show(found, arguments.json)
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    found = inspect(
+        arguments.model,
+        statistics=arguments.statistics,
+        allow_pickle=arguments.allow_pickle,
+        progress=not arguments.quiet,
+    )
+    if arguments.json:
+        _show(found, True)
+    else:
+        print(found.render(tensors=arguments.tensors or arguments.statistics))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    found = verify(arguments.folder, ingredients=arguments.ingredients, progress=not arguments.quiet)
+    _show(found, arguments.json)
+    return 0 if found.ok else 1
+
+
+def _show(found: Any, as_json: bool) -> None:
+    print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) if as_json else found)
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    names = arguments.names or list(METHODS)
+    print("\n\n".join(_describe(name, find_method(name)) for name in names))
+    return 0
+
+
 def _describe(name: str, method: Method) -> str:
-    most = method.max_ingredients
-    count = f"{method.min_ingredients} or more" if most is None else f"exactly {most}"
-    needs = [f"{count} ingredients", "a base" if method.needs_base else "no base"]
-    needs.append("reads each ingredient twice" if method.needs_gram else "reads each ingredient once")
-    lines = [("needs", ", ".join(needs))]
-    lines += [(key, parameter.meaning) for key, parameter in method.parameters.items()]
+    least, most = method.min_ingredients, method.max_ingredients
+    count = f"{least} or more" if most is None else f"exactly {least}" if least == most else f"at most {most}"
+    base = {"none": "no base", "optional": "a base if you like", "required": "a base"}[method.base]
+    passes = "reads each model once" if method.survey is None else "reads each model more than once"
+    needs = [f"{count} models", base, *(["Fisher information"] if method.needs_fishers else []), passes]
+    lines = [("formula", method.formula), ("needs", ", ".join(needs))]
+    for key, parameter in method.parameters.items():
+        default = "required" if parameter.required else f"default {json.dumps(parameter.default)}"
+        per_model = "one per model, " if parameter.per_ingredient else ""
+        lines.append((key, f"{parameter.meaning} ({per_model}{default})"))
     lines += [("departures", method.departures), ("paper", method.paper)]
-    wrapper = textwrap.TextWrapper(100, initial_indent="  ", subsequent_indent=" " * 14)
-    return "\n".join([f"{name}: {method.summary}", *(wrapper.fill(f"{key:<12}{text}") for key, text in lines)])
+    width = max(len(key) for key, _ in lines) + 2
+    wrapper = textwrap.TextWrapper(110, initial_indent="  ", subsequent_indent=" " * (width + 2))
+    return "\n".join([f"{name}: {method.summary}", *(wrapper.fill(f"{key:<{width}}{text}") for key, text in lines)])
 
 
 if __name__ == "__main__":

@@ -1,37 +1,46 @@
-"""The front door: one call for tensors, state dicts, modules and folders."""
+"""The front door: merges of tensors, state dicts, modules and folders."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from soupkit.engine import parse_num_threads
 from soupkit.errors import MergeError
-from soupkit.folder import merge_into_folder, merge_into_memory, parse_size, plan_folders
-from soupkit.memory import merge_modules, merge_state_dicts, merge_tensors
-from soupkit.methods import find_method
+from soupkit.folder import FolderOptions, merge_into_folders, merge_into_memory, parse_size, plan_folders
+from soupkit.hashing import DEFAULT, check_algorithm
+from soupkit.memory import MemoryOptions, merge_modules, merge_state_dicts, merge_tensors
 from soupkit.planning import parse_dtype
+from soupkit.recipe import Recipe, Settings, load_recipe
 
 Model = Tensor | Mapping[str, Tensor] | Module | str | Path
 
 
-def average(
-    models: Sequence[Model],
-    weights: Sequence[float] | None = None,
-    *,
-    out: str | Path | None = None,
-    dtype: torch.dtype | str | None = None,
-    overwrite: bool = False,
-    max_shard_size: int | str | None = None,
-    progress: bool = True,
-) -> Any:
-    """Weighted average of models, a model soup: Σᵢ wᵢ mᵢ / Σᵢ wᵢ, tensor by tensor.
+class Options(TypedDict, total=False):
+    """How a merge is run; the same for every function, and explained in :func:`merge`."""
 
-    The four kinds of models give the same values bit for bit:
+    dtype: torch.dtype | str | None
+    overwrite: bool
+    max_shard_size: int | str | None
+    allow_nonfinite: bool
+    allow_pickle: bool
+    hash: str
+    device: torch.device | str
+    num_threads: int | None
+    progress: bool
+
+
+def merge(
+    recipe: Recipe | str | Path | Mapping[str, Any], *, out: str | Path | None = None, **options: Unpack[Options]
+) -> Any:
+    """Merge models by a recipe: any method of ``soupkit.METHODS``.
+
+    The four kinds of models give the same values bit for bit, and the result is of their kind:
 
     - tensors give a tensor, on the first one's device;
     - state dicts give a state dict; names that share one tensor share one in the soup;
@@ -39,24 +48,54 @@ def average(
     - folders (or hub ids), as ``save_pretrained`` writes them, give a state dict, streamed so that only the result is
       held; with ``out`` they give a folder there, streamed too, and its path.
 
-    Floating-point tensors are merged in a wider precision (float32 for float16 and bfloat16, float64 for float32) and
-    rounded once, so the uniform average of two, in their own dtype, is exact. Integer tensors must be equal in all
-    models; BatchNorm's ``num_batches_tracked`` is the first's. NaN and infinite values stay where they are, and a
-    warning counts them.
+    Floating-point tensors are merged in a wider precision (float32 for 16 and 8 bits, float64 for float32) and rounded
+    once. Integer tensors must be equal in all models; BatchNorm's ``num_batches_tracked`` is the first's.
+
+    Args:
+        recipe: a :class:`Recipe`, a recipe file (YAML or JSON, in our form or mergekit's), or such a file's content.
+        out: the folder to write (folders only). It appears complete or not at all, with the first model's config and
+            tokenizer, with ``soup.json`` (recipe, and hashes of all files) and a model card.
+        dtype: of the soup's floating-point tensors. None: the recipe's, else the models' own, promoted where they
+            differ (bfloat16 for float8).
+        overwrite: replace the checkpoint at ``out``, once the new one is complete.
+        max_shard_size: bytes, or text such as "5GB". None: files cut as in the first model.
+        allow_nonfinite: go on where a model holds NaN or infinite values, which then stay in their places; they are
+            counted in ``soup.json`` and in a warning. By default they are an error.
+        allow_pickle: read weights, and nothing but weights, from ``pytorch_model.bin`` where there is no safetensors.
+        hash: "xxh3_128" (fast) or "sha256" (as hubs show it), for ``soup.json``.
+        device: where folders are merged, such as "cuda".
+        num_threads: None is one for each core. The result does not depend on it.
+        progress: show a progress bar on stderr (folders only).
+
+    Raises:
+        MergeError (a ValueError): a recipe or models that do not fit, with the offender and the fix in one line.
+        FileExistsError: ``out`` exists and ``overwrite`` is False.
+
+    Example:
+        >>> base, a, b = (torch.tensor(x) for x in ([0.0, 0.0], [1.0, 2.0], [3.0, -1.0]))
+        >>> soupkit.merge(soupkit.Recipe("ties", [a, b], base=base, parameters={"weight": 1}))
+        tensor([2., 2.])
+        >>> soupkit.merge("recipe.yaml", out="runs/soup")
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    return _merge([recipe], None if out is None else [Path(out)], options)[0]
+
+
+def average(
+    models: Sequence[Model],
+    weights: Sequence[float] | None = None,
+    *,
+    out: str | Path | None = None,
+    **options: Unpack[Options],
+) -> Any:
+    """Weighted average of models, a model soup: Σᵢ wᵢ mᵢ / Σᵢ wᵢ, tensor by tensor.
 
     Args:
         models: one or more of the same kind, with the same tensor names and shapes.
         weights: one per model, finite and not negative; they are divided by their sum. None: uniform.
-        out: the folder to write (folders only). It appears complete or not at all, with the first model's config and
-            tokenizer, and with ``soup.json``: method, weights, and the ingredients' hashes.
-        dtype: of the soup's floating-point tensors. None: the models' own, promoted where they differ.
-        overwrite: replace the checkpoint at ``out``, once the new one is complete.
-        max_shard_size: bytes, or text such as "5GB". None: files cut as in the first model.
-        progress: show a progress bar on stderr (folders only).
 
-    Raises:
-        MergeError (a ValueError): models or weights that do not fit, with the offender and the fix in one line.
-        FileExistsError: ``out`` exists and ``overwrite`` is False.
+    Kinds of models, the other arguments, precision and errors are those of :func:`merge`. The uniform average of two
+    models, in their own dtype, is exact: the true mean rounded once.
 
     Example:
         >>> soupkit.average([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])])
@@ -65,7 +104,17 @@ def average(
 
     Paper: Wortsman et al. 2022, "Model soups", https://arxiv.org/abs/2203.05482
     """
-    return _merge(models, "average", {"weights": weights}, out, dtype, overwrite, max_shard_size, progress)
+    return merge(average_recipe(models, weights), out=out, **options)
+
+
+def average_recipe(models: Sequence[Model], weights: Sequence[float] | None = None) -> Recipe:
+    """The recipe of :func:`average`. Raises MergeError for what is not a weighting."""
+    if isinstance(models, (str, Path, Tensor, Mapping, Module)):
+        raise MergeError(f"found one {type(models).__name__} where a list of models belongs: write [a, b]")
+    models = list(models)
+    if weights is None:
+        return Recipe("linear", models)
+    return Recipe("linear", models, model_parameters=[{"weight": w} for w in _checked_weights(weights, len(models))])
 
 
 def interpolate(
@@ -75,17 +124,14 @@ def interpolate(
     *,
     method: str = "linear",
     out: str | Path | None = None,
-    dtype: torch.dtype | str | None = None,
-    overwrite: bool = False,
-    max_shard_size: int | str | None = None,
-    progress: bool = True,
+    **options: Unpack[Options],
 ) -> Any:
     """The model at ``t`` on the way from ``a`` (t = 0) to ``b`` (t = 1); t outside [0, 1] extrapolates.
 
     ``method="linear"``: (1 − t) a + t b. ``method="slerp"``: (sin((1−t)θ) a + sin(tθ) b) / sin θ for each tensor, with
     θ the angle between the two flattened tensors; the straight line where |cos θ| > 0.9995 or a tensor is zero.
 
-    Kinds of models, the other arguments, precision and errors are those of :func:`average`; ``t`` must be finite.
+    Kinds of models, the other arguments, precision and errors are those of :func:`merge`; ``t`` must be finite.
 
     Example:
         >>> soupkit.interpolate(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 0.5, method="slerp")
@@ -94,42 +140,109 @@ def interpolate(
     Papers: Wortsman et al. 2021 (WiSE-FT), https://arxiv.org/abs/2109.01903;
     Shoemake 1985, https://doi.org/10.1145/325334.325242
     """
+    return merge(_between(a, b, t, method), out=out, **options)
+
+
+def sweep(
+    a: Model,
+    b: Model,
+    ts: Sequence[float],
+    *,
+    method: str = "linear",
+    outs: Sequence[str | Path] | None = None,
+    **options: Unpack[Options],
+) -> list[Any]:
+    """The models at every ``t`` of ``ts`` on the way from ``a`` to ``b``, all made in one pass over the two.
+
+    Reading is what a merge of folders mostly does, so many points cost little more than one. With ``outs``, one folder
+    for each t; they all appear, or none of them where one cannot be completed.
+
+    Paper: Wortsman et al. 2021, "Robust fine-tuning of zero-shot models" (WiSE-FT), https://arxiv.org/abs/2109.01903
+    """
+    if not len(ts):
+        raise MergeError("ts is empty: give at least one t")
+    if outs is not None and (len(outs) != len(ts) or len({Path(out).absolute() for out in outs}) != len(ts)):
+        raise MergeError(f"found {len(outs)} output folders for {len(ts)} values of t: give each one of its own")
+    recipes = [_between(a, b, t, method) for t in ts]
+    return _merge(recipes, None if outs is None else [Path(out) for out in outs], options)
+
+
+def _between(a: Model, b: Model, t: float, method: str) -> Recipe:
     if method not in ("linear", "slerp"):
         raise MergeError(f"unknown method {method!r}: interpolate takes 'linear' or 'slerp'")
-    return _merge([a, b], method, {"t": t}, out, dtype, overwrite, max_shard_size, progress)
+    try:
+        t = float(t)
+    except (TypeError, ValueError):
+        raise MergeError(f"t must be a number (0 gives a, 1 gives b); found {t!r}") from None
+    if not abs(t) < float("inf"):
+        raise MergeError(f"t is {t}: it must be finite (0 gives a, 1 gives b)")
+    if method == "slerp":
+        return Recipe("slerp", [a, b], parameters={"t": t})
+    own: list[Settings] = [{"weight": 1 - t}, {"weight": t}]
+    return Recipe("linear", [a, b], parameters={"normalize": False}, model_parameters=own)
 
 
-def _merge(
-    models: Sequence[Model],
-    method: str,
-    parameters: Mapping[str, Any],
-    out: str | Path | None,
-    dtype: torch.dtype | str | None,
-    overwrite: bool,
-    max_shard_size: int | str | None,
-    progress: bool,
-) -> Any:
-    """Check the call, then hand it to the level of its models."""
-    if isinstance(models, (str, Path, Tensor, Mapping, Module)):
-        raise MergeError(f"found one {type(models).__name__} where a list of models belongs: write [a, b]")
-    ingredients: list[Any] = list(models)
-    row = find_method(method)
-    resolved = row.resolve(parameters, len(ingredients))
-    soup_dtype = parse_dtype(dtype)
-    shard_size = parse_size(max_shard_size)
-    kind = _kind(ingredients)
+def _checked_weights(weights: Sequence[float], num_models: int) -> list[float]:
+    try:
+        values = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise MergeError(f"weights must be numbers, one per ingredient; found {weights!r}") from None
+    if len(values) != num_models:
+        raise MergeError(f"found {len(values)} weights for {num_models} ingredients: give one each")
+    for position, value in enumerate(values, start=1):
+        if not 0 <= value < float("inf"):
+            raise MergeError(
+                f"weight {position} is {value:g}: weights must be finite and not negative "
+                "(to go beyond an ingredient, use interpolate with t outside [0, 1])"
+            )
+    return values
+
+
+def _merge(recipes: Sequence[Recipe], outs: Sequence[Path] | None, options: Options) -> list[Any]:
+    """Check the call, then hand it to the level of its models. Recipes differ in their parameters alone."""
+    recipe = recipes[0]
+    for each in recipes:
+        each.validate()
+    dtype = parse_dtype(options.get("dtype") or recipe.dtype)
+    num_threads = parse_num_threads(options.get("num_threads"))
+    allow_nonfinite = options.get("allow_nonfinite", False)
+    kind = _kind([*recipe.models, *([] if recipe.base is None else [recipe.base])])
     if kind == "folder":
-        plan = plan_folders(ingredients, method, resolved, soup_dtype)
-        if out is None:
-            return merge_into_memory(plan, progress)
-        return merge_into_folder(plan, Path(out), overwrite=overwrite, max_shard_size=shard_size, progress=progress)
-    if out is not None:
-        raise MergeError(f"out={str(out)!r} is for folders, and each model is a {kind}: save the result yourself")
-    if kind == "tensor":
-        return merge_tensors(ingredients, row, resolved, soup_dtype)
-    if kind == "state dict":
-        return merge_state_dicts(ingredients, row, resolved, soup_dtype)
-    return merge_modules(ingredients, row, resolved, soup_dtype)
+        folder_options = FolderOptions(
+            dtype=dtype,
+            allow_nonfinite=allow_nonfinite,
+            allow_pickle=options.get("allow_pickle", False),
+            num_threads=num_threads,
+            device=_parse_device(options.get("device", "cpu")),
+            progress=options.get("progress", True),
+            overwrite=options.get("overwrite", False),
+            max_shard_size=parse_size(options.get("max_shard_size")),
+            hash=check_algorithm(options.get("hash", DEFAULT)),
+        )
+        plan = plan_folders(recipes, folder_options)
+        if outs is None:
+            return merge_into_memory(plan, folder_options)
+        return merge_into_folders(plan, outs, folder_options)
+    if outs is not None:
+        raise MergeError(f"out={str(outs[0])!r} is for folders, and each model is a {kind}: save the result yourself")
+    if recipe.tokenizer is not None:
+        raise MergeError(f"tokenizer is for folders, and each model is a {kind}: leave it out")
+    memory_options = MemoryOptions(dtype, allow_nonfinite, num_threads)
+    levels: dict[str, Any] = {"tensor": merge_tensors, "state dict": merge_state_dicts, "module": merge_modules}
+    merged: list[Any] = levels[kind](recipes, memory_options)
+    return merged
+
+
+def _parse_device(device: torch.device | str) -> torch.device:
+    try:
+        parsed = torch.device(device)
+    except RuntimeError:
+        raise MergeError(f"device {device!r} is unknown: choose cpu, cuda or cuda:N") from None
+    if parsed.type not in ("cpu", "cuda"):
+        raise MergeError(f"device {device!r} is not supported: choose cpu, cuda or cuda:N")
+    if parsed.type == "cuda" and not torch.cuda.is_available():
+        raise MergeError(f"device {device!r} is asked for, and torch finds no CUDA device: use cpu")
+    return parsed
 
 
 def _kind(models: Sequence[Any]) -> str:

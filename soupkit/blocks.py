@@ -1,97 +1,124 @@
-"""The loop that all levels share: one tensor, block by block, from readers of its ingredients to blocks of the soup."""
+"""The loop that all levels share: one tensor, block by block, from readers of its models to blocks of the soup."""
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from soupkit.errors import MergeError
-from soupkit.methods import Method, gram_matrix
+from soupkit.methods import Blocks, Method
+from soupkit.order_statistics import order_statistics
 from soupkit.planning import TensorPlan, name_list
+from soupkit.sources import FLOAT8_DTYPES, Reader
 
-# Elements per block: a few blocks in float64 fit the cache of one core, and Python's share of the time is small.
-BLOCK = 2**18
+# Elements per block: a few blocks in the working precision fit the cache of one core, and Python's share is small.
+BLOCK = 2**17
+# Rounding to these can overflow where the wider sum was finite, so the check looks at the rounded numbers.
+NARROW = {torch.float16, torch.float32, *FLOAT8_DTYPES}
 
-# read(start, stop) gives the elements [start, stop) of a flattened tensor, valid until the next read.
-Reader = Callable[[int, int], Tensor]
+
+@dataclass(frozen=True)
+class Readers:
+    """Readers of one tensor in every model, with the models' names for messages."""
+
+    ingredients: Sequence[Reader]
+    base: Reader | None = None
+    fishers: Sequence[Reader] = ()
+    labels: Sequence[str] = ()  # of the ingredients, the base and the Fisher estimates, in this order
+
+    @property
+    def all(self) -> list[Reader]:
+        return [*self.ingredients, *([self.base] if self.base else []), *self.fishers]
 
 
 @dataclass
 class NonFinite:
-    """Counts of NaN and infinite values met on the way: in the soup, and in each ingredient at those tensors."""
+    """What to do about NaN and infinite values: refuse them, or count them and go on. Shared by all threads."""
 
+    allowed: bool = False
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lock: Lock = field(default_factory=Lock)
 
-    def count(self, name: str, ingredients: Sequence[Tensor], soup: Tensor) -> None:
-        """Add one block's counts; any non-finite ingredient value gives a non-finite soup value."""
-        # A sum costs one pass and finds them all; where it merely overflows, the exact counts below are 0.
-        if bool(soup.sum(dtype=torch.promote_types(soup.dtype, torch.float32)).isfinite()):
-            return
-        num_bad = _num_non_finite(soup)
-        if num_bad:
-            counts = self.tensors.setdefault(name, {"soup": 0, "ingredients": [0] * len(ingredients)})
-            counts["soup"] += num_bad
-            for index, block in enumerate(ingredients):
-                counts["ingredients"][index] += _num_non_finite(block)
+    def examine(self, plan: TensorPlan, labels: Sequence[str], blocks: Sequence[Tensor], soup: Tensor | None) -> None:
+        """Raise MergeError for, or count, the non-finite values of the models' blocks and of the soup's block."""
+        counts = [_num_non_finite(block) for block in blocks]
+        in_soup = 0 if soup is None else _num_non_finite(soup)
+        if not (any(counts) or in_soup):
+            return  # the sum that raised the suspicion merely overflowed
+        if not self.allowed:
+            raise MergeError(_complaint(plan, labels, counts))
+        with self.lock:
+            seen = self.tensors.setdefault(plan.name, {"soup": 0, "models": dict.fromkeys(labels, 0)})
+            seen["soup"] += in_soup
+            for label, count in zip(labels, counts, strict=True):
+                seen["models"][label] += count
+
+    def record(self) -> dict[str, Any]:
+        """The counts by tensor name, in alphabetical order, as soup.json has them."""
+        return dict(sorted(self.tensors.items()))
 
     def warn(self) -> None:
         """One warning that names the tensors, if there is anything to tell."""
         if self.tensors:
-            total = sum(counts["soup"] for counts in self.tensors.values())
-            inherited = any(sum(counts["ingredients"]) for counts in self.tensors.values())
-            cause = "inherited from the ingredients" if inherited else "too large for the soup's dtype"
+            total = sum(seen["soup"] for seen in self.tensors.values())
             warnings.warn(
-                f"the soup holds {total} NaN or infinite values, {cause}, in {name_list(list(self.tensors))}",
-                stacklevel=2,
+                f"the soup holds {total} NaN or infinite values, in {name_list(sorted(self.tensors))}", stacklevel=2
             )
 
 
 def merged_blocks(
     plan: TensorPlan,
     method: Method,
-    parameters: Mapping[str, Any],
-    readers: Sequence[Reader],
+    readers: Readers,
     non_finite: NonFinite,
-) -> Iterator[tuple[int, Tensor]]:
-    """The soup's tensor as (start, block) pairs in order, in the soup's dtype: the one rounding happens here."""
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """The soup's elements from ``start`` to ``stop`` as (position, one block per variant), in the soup's dtype.
+
+    The one rounding happens here. ``start`` must be a multiple of the block, and 0 for a method with a survey.
+    """
+    stop = plan.num_elements if stop is None else stop
     if plan.working_dtype is None:
-        for start, stop in _spans(plan):
-            yield start, readers[0](start, stop)
+        for first in range(start, stop, BLOCK):
+            block = readers.ingredients[0](first, min(first + BLOCK, stop))
+            yield first, [block] * len(plan.variants)
         return
-    parameters = dict(parameters)
-    if method.needs_gram:
-        gram = torch.zeros(len(readers), len(readers), dtype=torch.float64)
-        for start, stop in _spans(plan):
-            gram += gram_matrix(_read(readers, start, stop, plan.working_dtype))
-        parameters["gram"] = gram
-    for start, stop in _spans(plan):
-        blocks = _read(readers, start, stop, plan.working_dtype)
-        soup = _round_once(method.function(blocks, **parameters), plan.dtype)
-        non_finite.count(plan.name, blocks, soup)
-        yield start, soup
+    whole = _WholeTensor(plan, method, readers, non_finite, torch.device(device))
+    variants = whole.surveyed_variants()
+    for first, last in whole.spans(start, stop):
+        blocks = whole.read(first, last)
+        yield first, [whole.finish(blocks, method.function(blocks, **keywords)) for keywords in variants]
 
 
-def require_equal(plan: TensorPlan, readers: Sequence[Reader], labels: Sequence[str]) -> None:
-    """Raise MergeError when a tensor that can only be copied differs between the ingredients."""
-    for start, stop in _spans(plan):
-        first = readers[0](start, stop)
-        for reader, label in zip(readers[1:], labels[1:], strict=True):
+def require_equal(plan: TensorPlan, readers: Readers) -> None:
+    """Raise MergeError when a tensor that can only be copied differs between the models."""
+    models = readers.all
+    for start in range(0, plan.num_elements, BLOCK):
+        stop = min(start + BLOCK, plan.num_elements)
+        first = models[0](start, stop)
+        for reader, label in zip(models[1:], readers.labels[1:], strict=True):
             if not torch.equal(first, reader(start, stop).to(first.device)):
                 raise MergeError(
-                    f"integer tensor {plan.name!r} differs between {labels[0]} and {label}, and integers are not "
-                    "averaged: make them equal or remove it from all ingredients"
+                    f"integer tensor {plan.name!r} differs between {readers.labels[0]} and {label}, and integers are "
+                    "not averaged: make them equal or remove it from all ingredients"
                 )
 
 
 @contextmanager
 def steady_torch() -> Iterator[None]:
-    """Settings under which blocks are computed fast and alike everywhere; the thread count is restored afterwards.
+    """Settings under which blocks are computed fast and alike everywhere, in the calling thread.
 
     One thread, since a block is too small to share out and since the order of torch's sums depends on the number of
     threads. No gradients. And one large allocation, freed at once: it tells glibc's allocator to keep what is freed
@@ -108,18 +135,132 @@ def steady_torch() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _spans(plan: TensorPlan) -> Iterator[tuple[int, int]]:
-    for start in range(0, plan.num_elements, BLOCK):
-        yield start, min(start + BLOCK, plan.num_elements)
+class _WholeTensor:
+    """One tensor in every model: what surveys ask of it, and the blocks that the method gets."""
+
+    def __init__(
+        self, plan: TensorPlan, method: Method, readers: Readers, non_finite: NonFinite, device: torch.device
+    ) -> None:
+        self.plan, self.method, self.readers, self.non_finite = plan, method, readers, non_finite
+        self.num_elements, self.shape = plan.num_elements, plan.shape
+        self.num_ingredients, self.has_base = len(readers.ingredients), readers.base is not None
+        self.row = plan.row_length if method.whole_rows(plan.variants[0]) else None
+        self.load = _Loader(device, plan.working_dtype)
+
+    def surveyed_variants(self) -> list[dict[str, Any]]:
+        """The method's keywords for each variant. Variants differ in ``t`` alone, which no survey depends on."""
+        keywords = [self.method.keywords(parameters) for parameters in self.plan.variants]
+        if self.method.survey is None or self.num_elements == 0:
+            return keywords
+        facts = self.method.survey(self, **keywords[0])
+        return [variant | facts for variant in keywords]
+
+    def spans(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+        """Where the blocks begin and end: every BLOCK elements, or after whole rows for methods that need them."""
+        stop = self.num_elements if stop is None else stop
+        step = BLOCK if self.row is None else max(1, BLOCK // max(self.row, 1)) * self.row
+        for first in range(start, stop, step or 1):
+            yield first, min(first + step, stop)
+
+    def read(self, start: int, stop: int, stride: int = 1) -> Blocks:
+        """The models' blocks in the working precision."""
+        blocks = [self._shaped(self.load(reader(start, stop), stride), stride) for reader in self.readers.all]
+        n = self.num_ingredients
+        base = blocks[n] if self.has_base else None
+        return Blocks(blocks[:n], base, blocks[n + self.has_base :], self.shape, _Random(self.plan, start, stop))
+
+    def total(self, function: Callable[[Blocks], Tensor]) -> Tensor:
+        """Σ function(blocks) over all blocks, in order, in float64 on the CPU."""
+        total: Tensor | None = None
+        for start, stop in self.spans():
+            part = function(self._checked(self.read(start, stop))).double().cpu()
+            total = part if total is None else total + part
+        assert total is not None  # a tensor without elements is not surveyed
+        return total
+
+    def order_statistics(
+        self, function: Callable[[Blocks], Sequence[Tensor]], ranks: Sequence[Sequence[int]], *, rowwise: bool = False
+    ) -> list[list[float]]:
+        """The exact values at 0-based ``ranks`` of each quantity in ascending order."""
+
+        def scan(stride: int) -> Iterator[list[np.ndarray]]:
+            for start, stop in self.spans():
+                blocks = self.read(start, stop, 1 if rowwise else stride)
+                quantities = function(self._checked(blocks) if stride == 1 else blocks)
+                yield [x.flatten()[:: stride if rowwise else 1].cpu().numpy() for x in quantities]
+
+        return order_statistics(scan, self.num_elements, ranks)
+
+    def finish(self, blocks: Blocks, soup: Tensor) -> Tensor:
+        """The soup's block rounded to its dtype, after a look for values that are not finite."""
+        rounded = _round_once(soup.flatten(), self.plan.dtype)
+        # A float32 sum that is finite is finite in bfloat16 too, but for the last half unit of its range.
+        narrowed = self.plan.dtype in NARROW or soup.dtype == torch.float64
+        watched = rounded.float() if narrowed and self.plan.dtype != torch.float64 else soup
+        suspects = [watched] if self.method.shows_non_finite else [watched, *self._models(blocks)]
+        if self.non_finite.allowed and self.method.survey:
+            suspects += self._models(blocks)
+        if not _sums_are_finite(suspects):
+            self.non_finite.examine(self.plan, self.readers.labels, self._models(blocks), rounded)
+        return rounded.cpu()
+
+    def _checked(self, blocks: Blocks) -> Blocks:
+        """For a survey: finite values only. Where others are allowed they count as 0, so that they stay in place."""
+        if _sums_are_finite(self._models(blocks)):
+            return blocks
+        if not self.non_finite.allowed:
+            self.non_finite.examine(self.plan, self.readers.labels, self._models(blocks), None)
+        clean = [block.nan_to_num(0, 0, 0) for block in self._models(blocks)]
+        n = self.num_ingredients
+        base = clean[n] if self.has_base else None
+        return Blocks(clean[:n], base, clean[n + self.has_base :], blocks.shape, blocks.random)
+
+    def _models(self, blocks: Blocks) -> list[Tensor]:
+        return [*blocks.ingredients, *([] if blocks.base is None else [blocks.base]), *blocks.fishers]
+
+    def _shaped(self, block: Tensor, stride: int) -> Tensor:
+        return block if self.row is None or stride > 1 else block.view(-1, self.row)
 
 
-def _read(readers: Sequence[Reader], start: int, stop: int, dtype: torch.dtype) -> list[Tensor]:
-    return [reader(start, stop).to(dtype) for reader in readers]
+class _Loader:
+    """Brings blocks to the device and the working precision; to a GPU through pinned memory: threads overlap."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype | None) -> None:
+        self.device, self.dtype = device, dtype
+
+    def __call__(self, block: Tensor, stride: int) -> Tensor:
+        block = block[::stride]
+        if self.device.type == "cuda" and block.device.type == "cpu":
+            # The staging memory is handed back to torch's pool, which waits for the copy before it gives it out again.
+            staged = torch.empty(block.shape, dtype=block.dtype, pin_memory=True).copy_(block)
+            return staged.to(self.device, non_blocking=True).to(self.dtype)
+        return block.to(self.device, self.dtype)
+
+
+@dataclass(frozen=True)
+class _Random:
+    """Uniform int16 values for one block: a function of the seed, the tensor's name, the ingredient and the position.
+
+    They do not depend on other tensors, threads, files or Python's hash seed. The bits are those of NumPy's SFC64,
+    whose stream NumPy promises to keep.
+    """
+
+    plan: TensorPlan
+    start: int
+    stop: int
+
+    def __call__(self, ingredient: int) -> Tensor:
+        seed = self.plan.variants[0]["seed"]
+        place = f"{seed}/{ingredient}/{self.start}/{self.plan.name}"
+        key = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=16).digest(), "little")
+        num = self.stop - self.start
+        bits = np.random.SFC64(key).random_raw(-(-num // 4))
+        return torch.from_numpy(bits.astype("<u8", copy=False).view(np.int16))[:num]
 
 
 def _round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest numbers of the dtype, ties to even."""
-    if x.dtype != torch.float64 or dtype not in (torch.float16, torch.bfloat16):
+    if x.dtype != torch.float64 or dtype.itemsize > 2:
         return x.to(dtype)
     # torch goes from float64 to 16 bits through float32, and the nearest float32 may be a tie that x is not. Rounding
     # to odd avoids it: the last bit of float32, far below those that stay, is set wherever digits of x are cut off.
@@ -129,5 +270,23 @@ def _round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (truncated | (wide != x).int()).view(torch.float32).to(dtype)
 
 
+def _sums_are_finite(blocks: Sequence[Tensor]) -> bool:
+    """False where any value is NaN or infinite, and where a sum merely overflows: one pass, and no false comfort."""
+    return all(bool(block.sum().isfinite()) for block in blocks)
+
+
 def _num_non_finite(block: Tensor) -> int:
-    return int(block.isfinite().logical_not().sum())
+    return int((~(block.float() if block.dtype in FLOAT8_DTYPES else block).isfinite()).sum())
+
+
+def _complaint(plan: TensorPlan, labels: Sequence[str], counts: Sequence[int]) -> str:
+    for label, count in zip(labels, counts, strict=True):
+        if count:
+            return (
+                f"tensor {plan.name!r} of {label} holds NaN or infinite values (at least {count}): repair or leave out "
+                "that model, or merge all the same with allow_nonfinite=True (--allow-nonfinite)"
+            )
+    return (
+        f"tensor {plan.name!r} of the soup is too large for {str(plan.dtype).removeprefix('torch.')}: choose a wider "
+        "dtype, or write infinite values with allow_nonfinite=True (--allow-nonfinite)"
+    )

@@ -1,130 +1,109 @@
-"""One checkpoint folder, read without loading it: where each tensor's bytes lie, its config, its tokenizer.
+"""One checkpoint as users have it, opened without loading it: tensors to read, config, tokenizer.
 
-The safetensors format: 8 bytes with the header's length (little-endian), a JSON header that gives each tensor's dtype,
-shape and byte range, then the bytes (https://huggingface.co/docs/safetensors). Reading it here rather than through the
-library is what allows reading any range of a tensor into a buffer of our own, with no memory map of the whole file.
+A folder with safetensors files, one or several with an index; the same with pickled .bin files, when allowed; a base
+with a LoRA adapter folded in ("BASE+ADAPTER"); or a hub id for any folder of these.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from math import prod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from soupkit.blocks import BLOCK, Reader
 from soupkit.errors import MergeError
+from soupkit.files import read_bytes, read_json, require_own_file
+from soupkit.heads import TIES, embedding_of, is_head, setting, with_setting
+from soupkit.lora import fold, is_adapter, read_adapter
+from soupkit.pickled import PickledTensor, read_pickle
+from soupkit.safetensors_format import DTYPES as DTYPES
+from soupkit.safetensors_format import StoredTensor as StoredTensor
+from soupkit.safetensors_format import read_header
+from soupkit.sources import FLOAT8_DTYPES, TensorSource
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+PICKLED_FILE = "pytorch_model.bin"
+PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
 # Text files that define a tokenizer, compared byte by byte; tokenizer.json is compared by content.
 VOCABULARY_FILES = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies on disk."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    path: Path
-    offset: int
-
-    @property
-    def num_bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-    @contextmanager
-    def open(self) -> Iterator[Reader]:
-        """A reader of the flattened tensor; each read overwrites the block that the one before it gave."""
-        buffer = torch.empty(min(prod(self.shape), BLOCK), dtype=self.dtype)
-        with self.path.open("rb", buffering=0) as file:
-
-            def read(start: int, stop: int) -> Tensor:
-                file.seek(self.offset + start * self.dtype.itemsize)
-                block = buffer[: stop - start]
-                view = block.view(torch.uint8).numpy().data
-                while view:
-                    num_read = file.readinto(view)
-                    if not num_read:
-                        raise MergeError(f"{self.path} ended early: was it changed during the merge?")
-                    view = view[num_read:]
-                return block
-
-            yield read
+HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py")
+HUB_PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
+# What quantised weights are stored with; without it they mean nothing.
+SCALES = ("_scale", "_scale_inv", ".scales", ".SCB")
+PACKED = (".qweight", ".weight_packed", ".absmax")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder as ``save_pretrained`` writes it. ``label`` is the name the user gave it, for messages."""
+    """A folder as ``save_pretrained`` writes it. ``label`` is the name the user gave it, for messages.
+
+    ``files`` are all the weight files that the tensors are read from. ``config`` is what config.json says, or an empty
+    dict; it is kept true to the tensors where these are changed on the way.
+    """
 
     label: str
     folder: Path
     files: tuple[Path, ...]
-    tensors: dict[str, StoredTensor]
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """config.json, or an empty dict."""
-        path = self.folder / "config.json"
-        return _read_json(path) if path.exists() else {}
+    tensors: dict[str, TensorSource]
+    config: dict[str, Any] = field(default_factory=dict)
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Read the headers of a checkpoint folder (or hub id). Raises MergeError when it is none that can be merged."""
-    folder = _locate(source)
-    if (folder / SINGLE_FILE).exists():
-        files, placed = [folder / SINGLE_FILE], None
-    elif (folder / INDEX_FILE).exists():
-        placed = _read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(placed, dict):
-            raise MergeError(f"{folder / INDEX_FILE} has no weight_map: download or save the checkpoint again")
-        files = [folder / name for name in sorted(set(placed.values()))]
-    else:
-        raise _no_safetensors(folder, source)
-    tensors: dict[str, StoredTensor] = {}
+def open_checkpoint(source: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
+    """Read the headers of a checkpoint: a folder, a hub id, or "BASE+ADAPTER". Raises MergeError when it is unusable.
+
+    ``allow_pickle``: read weights, and nothing but weights, from .bin files where there are no safetensors.
+    """
+    parts = _base_and_adapter(source)
+    if parts:
+        base = open_checkpoint(parts[0], allow_pickle=allow_pickle)
+        adapter = read_adapter(locate(parts[1], allow_pickle), parts[1], allow_pickle)
+        tensors = fold(adapter, base.tensors, base.config)
+        return Checkpoint(str(source), base.folder, (*base.files, adapter.file), tensors, base.config)
+    folder = locate(source, allow_pickle)
+    files, placed, read = _weight_files(folder, source, allow_pickle)
+    tensors = {}
     for path in files:
-        tensors |= _read_header(path)
-    if placed is not None and set(placed) != set(tensors):
-        odd = min(set(placed) ^ set(tensors))
-        raise MergeError(f"{folder}: {odd!r} is not in both the index and the shards: download or save it again")
+        require_own_file(folder, path)
+        for name, tensor in read(path).items():
+            if name in tensors:
+                raise MergeError(f"{folder}: {name!r} is in two shards: download or save it again")
+            tensors[name] = tensor
+    if placed is not None:
+        found = {name: tensor.path.name for name, tensor in tensors.items()}
+        for name in sorted(placed.keys() | found.keys()):
+            if placed.get(name) != found.get(name):
+                raise MergeError(
+                    f"{folder}: {name!r} is not in both the index and the shards: download or save it again"
+                )
     if not tensors:
         raise MergeError(f"{folder} holds no tensors: is this the right folder?")
-    return Checkpoint(str(source), folder, tuple(files), tensors)
+    path = folder / "config.json"
+    checkpoint = Checkpoint(str(source), folder, tuple(files), tensors, read_json(path) if path.exists() else {})
+    return _without_tied_heads(checkpoint)
+
+
+def require_plain_weights(checkpoint: Checkpoint) -> None:
+    """Raise MergeError for quantised weights, whose stored values are not the model's."""
+    has_float8 = any(tensor.dtype in FLOAT8_DTYPES for tensor in checkpoint.tensors.values())
+    scales = [name for name in checkpoint.tensors if name.endswith(SCALES)] if has_float8 else []
+    packed = [name for name in checkpoint.tensors if name.endswith(PACKED)]
+    quantised = has_float8 and setting(checkpoint.config, "quantization_config")
+    reason = next(iter([*packed, *scales]), "quantization_config" if quantised else None)
+    if reason:
+        raise MergeError(
+            f"{checkpoint.label} is quantised ({reason}), and its stored values mean nothing without their scales: "
+            "dequantise it to bfloat16 first"
+        )
 
 
 def require_same_config(first: Checkpoint, other: Checkpoint) -> None:
     """Raise MergeError when two configs disagree on what the weights mean, which shapes alone may not show."""
     keys = ("model_type", "vocab_size", "tie_word_embeddings", "num_attention_heads", "num_key_value_heads")
     for key in keys:
-        a, b = first.config.get(key), other.config.get(key)
+        a, b = setting(first.config, key), setting(other.config, key)
         if a is not None and b is not None and a != b:
             raise MergeError(
                 f"config.json disagrees: {key} is {a} in {first.label} and {b} in {other.label}: "
@@ -144,47 +123,116 @@ def require_same_tokenizer(first: Checkpoint, other: Checkpoint) -> None:
 
 def _tokenizer_difference(a: Path, b: Path) -> str | None:
     for name in VOCABULARY_FILES:
-        if (a / name).exists() and (b / name).exists() and (a / name).read_bytes() != (b / name).read_bytes():
+        if (a / name).exists() and (b / name).exists() and read_bytes(a / name) != read_bytes(b / name):
             return name
     paths = (a / "tokenizer.json", b / "tokenizer.json")
-    if not all(path.exists() for path in paths) or paths[0].read_bytes() == paths[1].read_bytes():
+    if not all(path.exists() for path in paths) or read_bytes(paths[0]) == read_bytes(paths[1]):
         return None
-    mine, theirs = (_token_ids(_read_json(path)) for path in paths)
+    contents = [read_json(path) for path in paths]
+    mine, theirs = (token_ids(content, path) for content, path in zip(contents, paths, strict=True))
     for token in sorted(mine.keys() | theirs.keys()):
         if mine.get(token) != theirs.get(token):
             return f"token {token!r} has id {mine.get(token, 'none')} and {theirs.get(token, 'none')}"
-    merges = [_read_json(path).get("model", {}).get("merges") for path in paths]
+    merges = [content["model"].get("merges") for content in contents]
     return "merges of tokenizer.json" if merges[0] != merges[1] else None
 
 
-def _token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
+def token_ids(tokenizer: dict[str, Any], path: str | Path = "tokenizer.json") -> dict[str, int]:
     """Token to id. Settings such as padding and truncation are left out: programs rewrite them as they run."""
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, list):  # unigram models: [token, score] pairs, the id is the position
-        vocabulary = {token: position for position, (token, _) in enumerate(vocabulary)}
-    return vocabulary | {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    try:
+        vocabulary = tokenizer["model"]["vocab"]
+        if isinstance(vocabulary, list):  # unigram models: [token, score] pairs, the id is the position
+            vocabulary = {token: position for position, (token, _) in enumerate(vocabulary)}
+        ids = vocabulary | {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+        if not all(type(number) is int and 0 <= number < 2**31 for number in ids.values()):
+            raise ValueError("ids are whole numbers")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise MergeError(f"{path} is damaged ({error}): save the tokenizer again") from None
+    return ids
 
 
-def _locate(source: str | Path) -> Path:
+def _base_and_adapter(source: str | Path) -> tuple[str, str] | None:
+    """The two halves of "BASE+ADAPTER"; None for a folder or a name without a plus."""
+    text = str(source)
+    if "+" not in text or Path(source).expanduser().is_dir():
+        return None
+    positions = [position for position, letter in enumerate(text) if letter == "+"]
+    # A folder's name may itself hold a plus; the adapter is the shortest ending that is a folder.
+    is_folder = [Path(text[position + 1 :]).expanduser().is_dir() for position in positions]
+    cut = next((p for p, fits in zip(positions[::-1], is_folder[::-1], strict=True) if fits), positions[-1])
+    if not text[:cut] or not text[cut + 1 :]:
+        raise MergeError(f"{source} lacks a base or an adapter: write BASE+ADAPTER")
+    return text[:cut], text[cut + 1 :]
+
+
+def _weight_files(
+    folder: Path, source: str | Path, allow_pickle: bool
+) -> tuple[list[Path], dict[str, str] | None, Callable[[Path], Mapping[str, TensorSource]]]:
+    """The files, where the index places each tensor if there is one, and what reads such a file."""
+    kinds: list[tuple[str, str, Callable[[Path], Mapping[str, TensorSource]]]]
+    kinds = [(SINGLE_FILE, INDEX_FILE, read_header)]
+    if allow_pickle:
+        kinds.append((PICKLED_FILE, PICKLED_INDEX_FILE, read_pickle))
+    for single, index, read in kinds:
+        if (folder / single).exists():
+            return [folder / single], None, read
+        if (folder / index).exists():
+            placed = _read_index(folder / index)
+            return [folder / name for name in sorted(set(placed.values()))], placed, read
+    raise _no_weights(folder, source)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    placed = read_json(path).get("weight_map")
+    if not isinstance(placed, dict):
+        raise MergeError(f"{path} has no weight_map: download or save the checkpoint again")
+    for name, file in placed.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
+            raise MergeError(f"{path} places {name!r} in {file!r}, which is no file name: put all shards beside it")
+    return placed
+
+
+def _without_tied_heads(checkpoint: Checkpoint) -> Checkpoint:
+    """Drop a head that an unpickled file holds as the very memory of the embeddings, unless the config unties them."""
+    tensors, config = dict(checkpoint.tensors), checkpoint.config
+    for name, head in checkpoint.tensors.items():
+        if not is_head(name) or not isinstance(head, PickledTensor) or setting(config, TIES) is False:
+            continue
+        embedding = tensors.get(embedding_of(name, tensors) or "")
+        if isinstance(embedding, PickledTensor) and head.shares_memory_with(embedding):
+            del tensors[name]
+            config = config and with_setting(config, TIES, True)
+    return Checkpoint(checkpoint.label, checkpoint.folder, checkpoint.files, tensors, config)
+
+
+def locate(source: str | Path, allow_pickle: bool) -> Path:
+    """The folder of a checkpoint or an adapter, downloaded if it is a hub id. Raises MergeError where there is none."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
     if path.exists():
         raise MergeError(f"{source} is a file: give the checkpoint folder that holds it")
-    # Where its parent is a folder here, as in runs/sft9, it is a mistyped path rather than a hub id.
-    if isinstance(source, str) and HUB_ID.fullmatch(source) and not path.parent.is_dir():
-        return _download(source)
+    if isinstance(source, str) and HUB_ID.fullmatch(source):
+        # Where its parent is a folder here, as in runs/sft9, it is a mistyped path rather than a hub id.
+        if not path.parent.is_dir():
+            folder = _download(source)
+            if allow_pickle and not any(folder.glob("*.safetensors")):
+                return _download(source, (*HUB_PATTERNS, *HUB_PICKLES))
+            return folder
+        raise MergeError(
+            f"{source} does not exist: give a checkpoint folder, or a hub id (not looked for on the hub, since there "
+            f"is a folder {path.parent} here: to mean the hub, run this elsewhere or download it first)"
+        )
     raise MergeError(f"{source} does not exist: give a checkpoint folder, or a hub id such as org/name")
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, patterns: tuple[str, ...] = HUB_PATTERNS) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise MergeError(f"{hub_id} is no folder here; to fetch it as a hub id: pip install huggingface_hub") from None
     try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
         reason = type(error).__name__
         raise MergeError(
@@ -193,49 +241,19 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _no_safetensors(folder: Path, source: str | Path) -> MergeError:
+def _no_weights(folder: Path, source: str | Path) -> MergeError:
     names = sorted(path.name for path in folder.iterdir())
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
-    if "adapter_model.safetensors" in names:
-        return MergeError(f"{source} is a LoRA adapter: merge it into its base model and save that first")
+    if is_adapter(folder):
+        return MergeError(
+            f"{source} is a LoRA adapter: merge it into its base model by naming both, BASE+{source}, or merge "
+            "several of one base with soupkit.adapters.merge_adapters"
+        )
     if pickles:
         return MergeError(
             f"{source} holds pickled weights ({pickles[0]}), which can run code when loaded: convert them with "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), or read weights alone from "
+            f"{PICKLED_FILE} with --allow-pickle"
         )
     found = ", ".join(names[:5]) or "nothing"
     return MergeError(f"{source} has no {SINGLE_FILE} (nor {INDEX_FILE}); found {found}: give a checkpoint folder")
-
-
-def _read_header(path: Path) -> dict[str, StoredTensor]:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-                raise ValueError(f"header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        return {name: _stored_tensor(entry, path, 8 + length, size) for name, entry in header.items()}
-    except FileNotFoundError:
-        raise MergeError(f"{path} is missing, though its index names it: download or save it again") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MergeError(f"{path} is damaged ({error}): download or save the checkpoint again") from None
-
-
-def _stored_tensor(entry: dict[str, Any], path: Path, data_start: int, file_size: int) -> StoredTensor:
-    begin, end = entry["data_offsets"]
-    tensor = StoredTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), path, data_start + begin)
-    if begin < 0 or end - begin != tensor.num_bytes or data_start + end > file_size:
-        raise ValueError(f"bytes {begin} to {end} do not hold a tensor {entry['shape']} of {entry['dtype']}")
-    return tensor
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MergeError(f"{path} is not valid JSON ({error}): download or save the checkpoint again") from None
-    if not isinstance(content, dict):
-        raise MergeError(f"{path} holds no JSON object: download or save the checkpoint again")
-    return content

@@ -1,7 +1,7 @@
-"""Soups of checkpoint folders: plan and check everything, then stream one tensor at a time, then publish.
+"""Soups of checkpoint folders: plan and check everything, then stream all tensors, then publish.
 
-Memory: one block of every ingredient and of the soup, whatever the size of the models (and the soup itself when it is
-asked for in memory).
+Memory: a few blocks of every model and of the soup for each thread, whatever the size of the models (and the soup
+itself when it is asked for in memory).
 """
 
 from __future__ import annotations
@@ -10,46 +10,81 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from soupkit.blocks import NonFinite, Reader, merged_blocks, require_equal, steady_torch
+from soupkit.blocks import NonFinite, Readers, require_equal
+from soupkit.card import model_card
 from soupkit.checkpoint import (
-    DTYPES,
     INDEX_FILE,
     SINGLE_FILE,
+    VOCABULARY_FILES,
     Checkpoint,
     open_checkpoint,
+    require_plain_weights,
     require_same_config,
     require_same_tokenizer,
 )
+from soupkit.engine import Progress, Task, run, tensor_tasks
 from soupkit.errors import MergeError
-from soupkit.methods import METHODS
-from soupkit.planning import TensorPlan, plan_tensors
-from soupkit.provenance import describe, file_sha256
-from soupkit.publish import check_output, published_folder
+from soupkit.hashing import hash_file
+from soupkit.heads import harmonise_heads
+from soupkit.methods import Method, find_method
+from soupkit.planning import Models, TensorPlan, parameters_by_name, plan_tensors
+from soupkit.provenance import describe, roles
+from soupkit.publish import check_output, published_folder, write_back
+from soupkit.recipe import Recipe
+from soupkit.safetensors_format import DTYPES
+from soupkit.vocabulary import UnifiedVocabulary, unify_vocabularies
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What from_pretrained needs beside the weights: configs, tokenizer, chat template, remote code.
 COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py"}
-NOT_COPIED = {"config.json", "soup.json", "trainer_state.json"}
+NOT_COPIED = {"config.json", "soup.json", "trainer_state.json", "adapter_config.json"}
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """How a merge of folders is run and written."""
+
+    dtype: torch.dtype | None
+    allow_nonfinite: bool
+    allow_pickle: bool
+    num_threads: int
+    device: torch.device
+    progress: bool
+    overwrite: bool
+    max_shard_size: int | None
+    hash: str
 
 
 @dataclass(frozen=True)
 class FolderPlan:
-    """A merge of folders that passed every check: what will be read, computed and written."""
+    """A merge of folders that passed every check: what will be read, computed and written.
 
-    method: str
-    parameters: Mapping[str, Any]
-    checkpoints: Sequence[Checkpoint]
+    There is one recipe for each soup that is made in this pass; they differ in parameters alone.
+    """
+
+    recipes: Sequence[Recipe]
+    ingredients: Sequence[Checkpoint]
+    base: Checkpoint | None
+    fishers: Sequence[Checkpoint]
+    companions: Checkpoint  # whose config, tokenizer and so on the soup gets
+    vocabulary: UnifiedVocabulary | None
     tensors: Sequence[TensorPlan]
+
+    @property
+    def method(self) -> Method:
+        return find_method(self.recipes[0].method)
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        return [*self.ingredients, *([self.base] if self.base else []), *self.fishers]
 
     @property
     def labels(self) -> list[str]:
@@ -57,60 +92,82 @@ class FolderPlan:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.num_bytes for tensor in self.tensors)
+        return sum(tensor.num_bytes for tensor in self.tensors) * len(self.recipes)
 
 
-def plan_folders(
-    folders: Sequence[str | Path], method: str, parameters: Mapping[str, Any], dtype: torch.dtype | None
-) -> FolderPlan:
+def plan_folders(recipes: Sequence[Recipe], options: FolderOptions) -> FolderPlan:
     """Check that folders can be merged, from their headers, configs and tokenizers alone. Raises MergeError."""
-    checkpoints = [open_checkpoint(folder) for folder in folders]
-    for other in checkpoints[1:]:
-        require_same_config(checkpoints[0], other)
-        require_same_tokenizer(checkpoints[0], other)
-    labels = [checkpoint.label for checkpoint in checkpoints]
-    tensors = plan_tensors([checkpoint.tensors for checkpoint in checkpoints], labels, dtype)
-    plan = FolderPlan(method, parameters, checkpoints, tensors)
+    recipe = recipes[0]
+    opened = [open_checkpoint(model, allow_pickle=options.allow_pickle) for _, model in roles(recipe)]
+    num_merged = len(recipe.models) + (recipe.base is not None)
+    merged, fishers = opened[:num_merged], opened[num_merged:]
+    for checkpoint in merged:
+        require_plain_weights(checkpoint)
+    merged = harmonise_heads(merged)
+    merged, vocabulary = _with_one_vocabulary(recipe, merged)
+    for other in merged[1:]:
+        require_same_config(merged[0], other)
+    ingredients = merged[: len(recipe.models)]
+    base = merged[-1] if recipe.base is not None else None
+    models = Models(
+        [checkpoint.tensors for checkpoint in ingredients],
+        base.tensors if base else None,
+        [checkpoint.tensors for checkpoint in fishers],
+        [checkpoint.label for checkpoint in [*merged, *fishers]],
+    )
+    tensors = plan_tensors(models, options.dtype, parameters_by_name(recipes, ingredients[0].tensors))
+    companions = base if base and recipe.tokenizer == "base" else ingredients[0]
+    plan = FolderPlan(recipes, ingredients, base, fishers, companions, vocabulary, tensors)
     for tensor in tensors:
         if tensor.must_be_equal:
-            with _readers(plan, tensor.name) as readers:
-                require_equal(tensor, readers, labels)
+            with _readers(plan, tensor) as readers:
+                require_equal(tensor, readers)
     return plan
 
 
-def merge_into_memory(plan: FolderPlan, progress: bool) -> dict[str, Tensor]:
-    """The soup as a state dict on the CPU; only the result is held."""
-    non_finite = NonFinite()
-    soup = {}
-    with steady_torch(), _progress_bar(plan, progress) as bar:
-        for tensor in plan.tensors:
-            soup[tensor.name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-            flat = soup[tensor.name].view(-1)
-            for start, block in _merged_blocks(plan, tensor, non_finite, bar):
-                flat[start : start + block.numel()] = block
+def merge_into_memory(plan: FolderPlan, options: FolderOptions) -> list[dict[str, Tensor]]:
+    """The soups as state dicts on the CPU; only the results are held."""
+    soups = [
+        {tensor.name: torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in plan.tensors} for _ in plan.recipes
+    ]
+    non_finite = NonFinite(options.allow_nonfinite)
+    with Progress(plan.num_bytes, plan.recipes[0].method, options.progress).shown() as progress:
+        tasks: list[Task] = []
+        for tensor in _largest_first(plan.tensors):
+            flat = [soup[tensor.name].view(-1) for soup in soups]
+
+            def sink(variant: int, position: int, block: Tensor, flat: list[Tensor] = flat) -> None:
+                flat[variant][position : position + block.numel()] = block
+
+            tasks += _tasks(plan, tensor, sink, non_finite, progress, options)
+        run(tasks, options.num_threads, progress)
     non_finite.warn()
-    return soup
+    return soups
 
 
-def merge_into_folder(
-    plan: FolderPlan, out: Path, *, overwrite: bool, max_shard_size: int | None, progress: bool
-) -> Path:
-    """The soup as a checkpoint folder at ``out``, complete or absent. Raises FileExistsError, MergeError or OSError."""
-    out = Path(os.path.abspath(out))
-    _check_target(plan, out, overwrite)
-    shards = _shards(plan, max_shard_size)
-    non_finite = NonFinite()
-    with published_folder(out, overwrite) as partial, _hashing(plan) as sha256:
-        with steady_torch(), _progress_bar(plan, progress) as bar:
-            for name, tensors in shards.items():
-                _write_shard(partial / name, plan, tensors, non_finite, bar)
-        if len(shards) > 1:
-            _write_index(partial, shards)
-        _copy_companions(plan, partial)
-        record = describe(plan.method, plan.parameters, plan.checkpoints, sha256)
-        _write_json(partial / "soup.json", record | {"dtype": _dtype_name(plan), "non_finite": non_finite.tensors})
+def merge_into_folders(plan: FolderPlan, outs: Sequence[Path], options: FolderOptions) -> list[Path]:
+    """The soups as checkpoint folders, complete or absent. Raises FileExistsError, MergeError or OSError."""
+    outs = [Path(os.path.abspath(out)) for out in outs]
+    for out in outs:
+        _check_target(plan, out, options.overwrite)
+    _check_space(plan, outs)
+    shards = _shards(plan, options.max_shard_size)
+    non_finite = NonFinite(options.allow_nonfinite)
+    with ExitStack() as stack:
+        partials = [stack.enter_context(published_folder(out, options.overwrite)) for out in outs]
+        written = {
+            name: [stack.enter_context(_Shard(partial / name, tensors).open()) for partial in partials]
+            for name, tensors in shards.items()
+        }
+        with Progress(plan.num_bytes, plan.recipes[0].method, options.progress).shown() as progress:
+            hashes = _stream(plan, shards, written, non_finite, progress, options)
+        for recipe, partial in zip(plan.recipes, partials, strict=True):
+            _write_companions(plan, partial)
+            if len(shards) > 1:
+                _write_index(partial, shards)
+            _write_record(plan, recipe, partial, hashes, non_finite, options.hash)
     non_finite.warn()
-    return out
+    return outs
 
 
 def parse_size(size: int | str | None) -> int | None:
@@ -128,33 +185,150 @@ def parse_size(size: int | str | None) -> int | None:
     return num_bytes
 
 
-@contextmanager
-def _readers(plan: FolderPlan, name: str) -> Iterator[list[Reader]]:
-    with ExitStack() as stack:
-        yield [stack.enter_context(checkpoint.tensors[name].open()) for checkpoint in plan.checkpoints]
+class _Shard:
+    """An output file: its header, and where each tensor's bytes go."""
+
+    def __init__(self, path: Path, tensors: Sequence[TensorPlan]) -> None:
+        self.path, self.descriptor = path, -1
+        self.offsets: dict[str, int] = {}
+        # Wide elements first, so that every tensor is aligned to its element size.
+        tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for tensor in tensors:
+            self.offsets[tensor.name] = end
+            end += tensor.num_bytes
+            header[tensor.name] = {
+                "dtype": DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [self.offsets[tensor.name], end],
+            }
+        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self.header = len(encoded).to_bytes(8, "little") + encoded
+
+    @contextmanager
+    def open(self) -> Iterator[_Shard]:
+        """Create the file with its header; closed at the end of the block."""
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            _write_all(self.descriptor, memoryview(self.header), 0)
+            yield self
+        finally:
+            os.close(self.descriptor)
+
+    def write(self, tensor: TensorPlan, position: int, block: Tensor) -> None:
+        """Put elements of a tensor in their place; the disk may begin with them at once."""
+        data = block.view(torch.uint8).numpy().data
+        offset = len(self.header) + self.offsets[tensor.name] + position * tensor.dtype.itemsize
+        _write_all(self.descriptor, data, offset)
+        write_back(self.descriptor, offset, len(data))
 
 
-def _merged_blocks(
-    plan: FolderPlan, tensor: TensorPlan, non_finite: NonFinite, bar: tqdm
-) -> Iterator[tuple[int, Tensor]]:
-    with _readers(plan, tensor.name) as readers:
-        for start, block in merged_blocks(tensor, METHODS[plan.method], plan.parameters, readers, non_finite):
-            yield start, block
-            bar.update(block.nbytes)
+def _stream(
+    plan: FolderPlan,
+    shards: Mapping[str, Sequence[TensorPlan]],
+    written: Mapping[str, Sequence[_Shard]],
+    non_finite: NonFinite,
+    progress: Progress,
+    options: FolderOptions,
+) -> dict[Path, str]:
+    """Fill the shards. Returns the hashes of all weight files, the models' and the soups'."""
+    hashes: dict[Path, str] = {}
+
+    def hashed(path: Path) -> None:
+        hashes[path] = hash_file(path, options.hash)
+
+    tasks: list[Task] = []
+    for name, tensors in shards.items():
+        left = {tensor.name for tensor in tensors}
+
+        def finish(tensor: str, left: set[str] = left, files: Sequence[_Shard] = written[name]) -> None:
+            left.remove(tensor)
+            if not left:  # hashed while its pages are warm, and while other threads go on with the next shard
+                for shard in files:
+                    hashed(shard.path)
+
+        for tensor in _largest_first(tensors):
+
+            def sink(
+                variant: int,
+                position: int,
+                block: Tensor,
+                tensor: TensorPlan = tensor,
+                files: Sequence[_Shard] = written[name],
+            ) -> None:
+                files[variant].write(tensor, position, block)
+
+            tasks += _tasks(
+                plan,
+                tensor,
+                sink,
+                non_finite,
+                progress,
+                options,
+                lambda f=finish, n=tensor.name: f(n),  # type: ignore[misc]
+            )
+    # Last, as small pieces of work that keep all threads busy to the end.
+    files = dict.fromkeys(path for checkpoint in plan.checkpoints for path in checkpoint.files)
+    tasks += [lambda path=path: hashed(path) for path in files]  # type: ignore[misc]
+    run(tasks, options.num_threads, progress)
+    return hashes
 
 
-def _progress_bar(plan: FolderPlan, progress: bool) -> tqdm:
-    return tqdm(
-        total=plan.num_bytes, desc=plan.method, unit="B", unit_scale=True, disable=not progress, dynamic_ncols=True
+def _tasks(
+    plan: FolderPlan,
+    tensor: TensorPlan,
+    sink: Callable[[int, int, Tensor], None],
+    non_finite: NonFinite,
+    progress: Progress,
+    options: FolderOptions,
+    done: Callable[[], None] = lambda: None,
+) -> list[Task]:
+    return tensor_tasks(
+        tensor, plan.method, lambda: _readers(plan, tensor), sink, non_finite, progress, options.device, done
     )
+
+
+@contextmanager
+def _readers(plan: FolderPlan, tensor: TensorPlan) -> Iterator[Readers]:
+    with ExitStack() as stack:
+
+        def opened(checkpoints: Sequence[Checkpoint]) -> list[Any]:
+            return [stack.enter_context(checkpoint.tensors[tensor.name].open()) for checkpoint in checkpoints]
+
+        base = opened([plan.base])[0] if plan.base else None
+        fishers = opened(plan.fishers) if tensor.working_dtype is not None else []
+        yield Readers(opened(plan.ingredients), base, fishers, plan.labels)
+
+
+def _with_one_vocabulary(
+    recipe: Recipe, checkpoints: list[Checkpoint]
+) -> tuple[list[Checkpoint], UnifiedVocabulary | None]:
+    """The checkpoints with rows that mean the same tokens, as the recipe's ``tokenizer`` wants it."""
+    if recipe.tokenizer is None or recipe.tokenizer == "base":
+        for other in checkpoints[1:]:
+            require_same_tokenizer(checkpoints[0], other)
+        return checkpoints, None
+    base_index = len(recipe.models) if recipe.base is not None else None
+    folder = None if recipe.tokenizer == "union" else Path(recipe.tokenizer).expanduser()
+    unified = unify_vocabularies(checkpoints, base_index, tokenizer=folder)
+    return unified.checkpoints, unified
+
+
+def _largest_first(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
+    return sorted(tensors, key=lambda tensor: -tensor.num_elements)
 
 
 def _check_target(plan: FolderPlan, out: Path, overwrite: bool) -> None:
     for checkpoint in plan.checkpoints:
-        if out.exists() and out.samefile(checkpoint.folder):
-            raise FileExistsError(f"{out} is one of the ingredients: choose another output folder")
+        if out.exists() and any(out.samefile(path.parent) for path in checkpoint.files):
+            raise FileExistsError(f"{out} is one of the models that are merged: choose another output folder")
     check_output(out, overwrite)
-    parent = next(folder for folder in out.parents if folder.exists())
+
+
+def _check_space(plan: FolderPlan, outs: Sequence[Path]) -> None:
+    parent = next(folder for folder in outs[0].parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < plan.num_bytes:
         raise MergeError(
@@ -167,10 +341,9 @@ def _shards(plan: FolderPlan, max_shard_size: int | None) -> dict[str, list[Tens
     """File name to its tensors: cut like the first ingredient, or greedily up to ``max_shard_size`` bytes."""
     groups: list[list[TensorPlan]] = []
     if max_shard_size is None:
-        stored = plan.checkpoints[0].tensors
-        for path in plan.checkpoints[0].files:
-            groups.append([tensor for tensor in plan.tensors if stored[tensor.name].path == path])
-        groups = [group for group in groups if group]
+        stored = plan.ingredients[0].tensors
+        paths = dict.fromkeys(stored[tensor.name].path for tensor in plan.tensors)
+        groups = [[tensor for tensor in plan.tensors if stored[tensor.name].path == path] for path in sorted(paths)]
     else:
         room = 0
         for tensor in plan.tensors:
@@ -184,25 +357,10 @@ def _shards(plan: FolderPlan, max_shard_size: int | None) -> dict[str, list[Tens
     return {f"model-{n:05}-of-{len(groups):05}.safetensors": group for n, group in enumerate(groups, start=1)}
 
 
-def _write_shard(path: Path, plan: FolderPlan, tensors: list[TensorPlan], non_finite: NonFinite, bar: tqdm) -> None:
-    # Wide elements first, so that every tensor is aligned to its element size.
-    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.num_bytes],
-        }
-        offset += tensor.num_bytes
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in tensors:
-            for _, block in _merged_blocks(plan, tensor, non_finite, bar):
-                file.write(block.view(torch.uint8).numpy().data)
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        num_written = os.pwrite(descriptor, data, offset)
+        data, offset = data[num_written:], offset + num_written
 
 
 def _write_index(folder: Path, shards: Mapping[str, Sequence[TensorPlan]]) -> None:
@@ -211,16 +369,43 @@ def _write_index(folder: Path, shards: Mapping[str, Sequence[TensorPlan]]) -> No
     _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))})
 
 
-def _copy_companions(plan: FolderPlan, folder: Path) -> None:
-    """Config, tokenizer and the like from the first ingredient, with the config's dtype set to the soup's."""
-    first = plan.checkpoints[0]
-    for path in sorted(first.folder.iterdir()):
+def _write_companions(plan: FolderPlan, folder: Path) -> None:
+    """Config, tokenizer and the like, with the config's dtype set to the soup's."""
+    source, vocabulary = plan.companions, plan.vocabulary
+    for path in sorted((vocabulary.companions if vocabulary else source.folder).iterdir()):
         wanted = path.suffix in COPIED_SUFFIXES and not path.name.endswith(".index.json")
+        if vocabulary and path.name in (*VOCABULARY_FILES, "added_tokens.json"):
+            continue  # they spell out another vocabulary
         if wanted and path.is_file() and path.name not in NOT_COPIED and not path.name.startswith("."):
             shutil.copyfile(path, folder / path.name)
-    if first.config:
-        key = "torch_dtype" if "torch_dtype" in first.config else "dtype"
-        _write_json(folder / "config.json", first.config | {key: _dtype_name(plan)})
+    if vocabulary:
+        _write_json(folder / "tokenizer.json", vocabulary.tokenizer_json)
+        if vocabulary.generation_config is not None:
+            _write_json(folder / "generation_config.json", vocabulary.generation_config)
+    if source.config:
+        key = "torch_dtype" if "torch_dtype" in source.config else "dtype"
+        _write_json(folder / "config.json", source.config | {key: _dtype_name(plan)})
+
+
+def _write_record(
+    plan: FolderPlan,
+    recipe: Recipe,
+    folder: Path,
+    hashes: Mapping[Path, str],
+    non_finite: NonFinite,
+    algorithm: str,
+) -> None:
+    """soup.json and the model card."""
+    checkpoints = [(role, checkpoint) for (role, _), checkpoint in zip(roles(recipe), plan.checkpoints, strict=True)]
+    dtype = _dtype_name(plan)
+    record = describe(replace(recipe, dtype=dtype), checkpoints, lambda path: {algorithm: hashes[path]})
+    record["files"] = {
+        path.name: {"bytes": path.stat().st_size, algorithm: hashes.get(path) or hash_file(path, algorithm)}
+        for path in sorted(folder.iterdir())
+    }
+    record |= {"dtype": dtype, "non_finite": non_finite.record()}
+    _write_json(folder / "soup.json", record)
+    (folder / "README.md").write_text(model_card(record, plan.companions.config), encoding="utf-8")
 
 
 def _dtype_name(plan: FolderPlan) -> str:
@@ -229,18 +414,6 @@ def _dtype_name(plan: FolderPlan) -> str:
     for tensor in plan.tensors:
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.num_elements
     return str(max(counts, key=counts.__getitem__)).removeprefix("torch.")
-
-
-@contextmanager
-def _hashing(plan: FolderPlan) -> Iterator[Callable[[Path], str]]:
-    """Hash the ingredients' files in a thread beside the merge; gives a function that waits for a file's hash."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        futures = {path: pool.submit(file_sha256, path) for checkpoint in plan.checkpoints for path in checkpoint.files}
-        try:
-            yield lambda path: futures[path].result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

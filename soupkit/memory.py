@@ -3,80 +3,135 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from soupkit.blocks import NonFinite, Reader, merged_blocks, require_equal, steady_torch
+from soupkit.blocks import NonFinite, Readers, require_equal
+from soupkit.engine import Progress, run, tensor_tasks
 from soupkit.errors import MergeError
-from soupkit.methods import Method
-from soupkit.planning import plan_tensors
+from soupkit.methods import find_method
+from soupkit.planning import Models, TensorPlan, parameters_by_name, plan_tensors
+from soupkit.recipe import Recipe
+from soupkit.sources import Reader
+
+State = Mapping[str, Tensor]
 
 
-def merge_tensors(
-    tensors: Sequence[Tensor], method: Method, parameters: Mapping[str, Any], dtype: torch.dtype | None
-) -> Tensor:
-    """The soup of single tensors."""
-    return merge_state_dicts([{"tensor": tensor} for tensor in tensors], method, parameters, dtype)["tensor"]
+@dataclass(frozen=True)
+class MemoryOptions:
+    """How a merge in memory is run."""
+
+    dtype: torch.dtype | None
+    allow_nonfinite: bool
+    num_threads: int
 
 
-def merge_modules(
-    modules: Sequence[Module], method: Method, parameters: Mapping[str, Any], dtype: torch.dtype | None
-) -> Module:
-    """A copy of the first module with merged parameters and persistent buffers.
+def merge_tensors(recipes: Sequence[Recipe], options: MemoryOptions) -> list[Tensor]:
+    """The soups of single tensors, one for each recipe."""
+    named = [_replaced(recipe, lambda tensor: {"tensor": tensor}) for recipe in recipes]
+    return [soup["tensor"] for soup in merge_state_dicts(named, options)]
+
+
+def merge_modules(recipes: Sequence[Recipe], options: MemoryOptions) -> list[Module]:
+    """Copies of the first module with merged parameters and persistent buffers, one for each recipe.
 
     Tied parameters stay one parameter. Buffers that are not persistent, hooks and other attributes are the first's.
     """
-    states = [_tensors_only(module.state_dict()) for module in modules]
-    merged = merge_state_dicts(states, method, parameters, dtype)
-    soup = copy.deepcopy(modules[0])
-    # Swapping .data keeps each Parameter object, and with it ties, hooks and requires_grad.
-    for name, tensor in _tensors_only(soup.state_dict(keep_vars=True)).items():
-        tensor.data = merged[name]
-    return soup
+    states = [_replaced(recipe, lambda module: _tensors_only(module.state_dict())) for recipe in recipes]
+    soups = []
+    for merged in merge_state_dicts(states, options):
+        soup = copy.deepcopy(recipes[0].models[0])
+        # Swapping .data keeps each Parameter object, and with it ties, hooks and requires_grad.
+        for name, tensor in _tensors_only(soup.state_dict(keep_vars=True)).items():
+            tensor.data = merged[name]
+        soups.append(soup)
+    return soups
 
 
-def merge_state_dicts(
-    states: Sequence[Mapping[str, Tensor]], method: Method, parameters: Mapping[str, Any], dtype: torch.dtype | None
-) -> dict[str, Tensor]:
-    """The soup of state dicts, on the first one's devices. Names that share one tensor share one in the soup."""
-    labels = [f"ingredient {number}" for number in range(1, len(states) + 1)]
+def merge_state_dicts(recipes: Sequence[Recipe], options: MemoryOptions) -> list[dict[str, Tensor]]:
+    """The soups of state dicts, on the first one's devices, one for each recipe; recipes differ in parameters alone.
+
+    Names that share one tensor share one in the soup.
+    """
+    recipe = recipes[0]
+    models = _models(recipe)
+    merged: list[Any] = models.with_base
+    plans = plan_tensors(models, options.dtype, parameters_by_name(recipes, recipe.models[0]))
+    ties = _common_ties(merged, models.labels)
+    for plan in plans:
+        if plan.must_be_equal:
+            require_equal(plan, _readers(recipe, models.labels, plan.name))
+    soups: list[dict[str, Tensor]] = [{} for _ in recipes]
+    non_finite = NonFinite(options.allow_nonfinite)
+    tasks, progress = [], Progress(0, recipe.method, shown=False)
+    for plan in plans:
+        device = recipe.models[0][plan.name].device
+        for soup in soups:
+            soup[plan.name] = (
+                soup[ties[plan.name]] if plan.name in ties else torch.empty(plan.shape, dtype=plan.dtype, device=device)
+            )
+        if plan.name not in ties:
+            tasks += _tasks(recipe, plan, models.labels, soups, non_finite, progress, device)
+    run(tasks, options.num_threads, progress)
+    non_finite.warn()
+    return soups
+
+
+def _tasks(
+    recipe: Recipe,
+    plan: TensorPlan,
+    labels: Sequence[str],
+    soups: Sequence[Mapping[str, Tensor]],
+    non_finite: NonFinite,
+    progress: Progress,
+    device: torch.device,
+) -> list[Any]:
+    flat = [soup[plan.name].view(-1) for soup in soups]
+
+    @contextmanager
+    def open_readers() -> Iterator[Readers]:
+        yield _readers(recipe, labels, plan.name)
+
+    def sink(variant: int, position: int, block: Tensor) -> None:
+        flat[variant][position : position + block.numel()] = block
+
+    return tensor_tasks(plan, find_method(recipe.method), open_readers, sink, non_finite, progress, device)
+
+
+def _models(recipe: Recipe) -> Models:
+    labels = [f"ingredient {number}" for number in range(1, len(recipe.models) + 1)]
+    labels += [] if recipe.base is None else ["the base"]
+    labels += [f"Fisher estimate {number}" for number in range(1, len(recipe.fishers) + 1)]
+    states: list[State] = [*recipe.models, *([] if recipe.base is None else [recipe.base]), *recipe.fishers]
     for state, label in zip(states, labels, strict=True):
         for name, value in state.items():
             if not isinstance(value, Tensor):
                 raise MergeError(f"{name!r} in {label} is a {type(value).__name__}, not a tensor: remove it first")
-    plans = plan_tensors(states, labels, dtype)
-    ties = _common_ties(states, labels)
-    non_finite = NonFinite()
-    soup: dict[str, Tensor] = {}
-    with steady_torch():
-        for plan in plans:
-            if plan.must_be_equal:
-                require_equal(plan, _readers(states, plan.name), labels)
-        for plan in plans:
-            if plan.name in ties:
-                soup[plan.name] = soup[ties[plan.name]]
-                continue
-            tensor = torch.empty(plan.shape, dtype=plan.dtype, device=states[0][plan.name].device)
-            flat = tensor.view(-1)
-            for start, block in merged_blocks(plan, method, parameters, _readers(states, plan.name), non_finite):
-                flat[start : start + block.numel()] = block
-            soup[plan.name] = tensor
-    non_finite.warn()
-    return soup
+    return Models(recipe.models, recipe.base, recipe.fishers, labels)
 
 
-def _readers(states: Sequence[Mapping[str, Tensor]], name: str) -> list[Reader]:
-    device = states[0][name].device
-    return [_reader(state[name], device) for state in states]
+def _replaced(recipe: Recipe, change: Any) -> Recipe:
+    """The recipe with every model changed to a state dict."""
+    base = None if recipe.base is None else change(recipe.base)
+    fishers = [change(f) if not isinstance(f, Mapping) else f for f in recipe.fishers]
+    return replace(recipe, models=[change(m) for m in recipe.models], base=base, fishers=fishers)
 
 
-def _reader(tensor: Tensor, device: torch.device) -> Reader:
+def _readers(recipe: Recipe, labels: Sequence[str], name: str) -> Readers:
+    base = None if recipe.base is None else _reader(recipe.base[name])
+    fishers = [_reader(fisher[name]) for fisher in recipe.fishers] if recipe.models[0][name].is_floating_point() else []
+    return Readers([_reader(state[name]) for state in recipe.models], base, fishers, labels)
+
+
+def _reader(tensor: Tensor) -> Reader:
     flat = tensor.detach().reshape(-1)
-    return lambda start, stop: flat[start:stop].to(device)
+    return lambda start, stop: flat[start:stop]
 
 
 def _tensors_only(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -84,21 +139,21 @@ def _tensors_only(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _common_ties(states: Sequence[Mapping[str, Tensor]], labels: Sequence[str]) -> dict[str, str]:
-    """Name to the earlier name it shares its tensor with. Raises MergeError when ingredients tie different names."""
+def _common_ties(states: Sequence[State], labels: Sequence[str]) -> dict[str, str]:
+    """Name to the earlier name it shares its tensor with. Raises MergeError when models tie different names."""
     ties_of = [_ties({name: state[name] for name in states[0]}) for state in states]
     ties = {name: partner for found in ties_of for name, partner in found.items()}
-    for state, found, label in zip(states, ties_of, labels, strict=True):
+    for state, found, label in zip(states, ties_of, labels, strict=False):
         for name, partner in ties.items():
             if found.get(name) != partner and not torch.equal(state[name], state[partner]):
                 raise MergeError(
-                    f"{name!r} and {partner!r} are one tied tensor in another ingredient but differ in {label}: "
-                    "tie or untie them in all ingredients"
+                    f"{name!r} and {partner!r} are one tied tensor in another model but differ in {label}: "
+                    "tie or untie them in all models"
                 )
     return ties
 
 
-def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
+def _ties(state: State) -> dict[str, str]:
     owners: dict[tuple[Any, ...], str] = {}
     ties = {}
     for name, tensor in state.items():

@@ -1,29 +1,27 @@
 """What happens to each tensor name, decided and checked before any value is read; the same at all three levels.
 
-Floating-point tensors are merged: in float32 for float16 and bfloat16 ingredients, in float64 for float32 and float64
-ones, then rounded once. The result's dtype is the one asked for, else the ingredients' (promoted where they differ).
-Integer and bool tensors are copied, and must be equal in all ingredients, except BatchNorm's ``num_batches_tracked``,
-a counter that two training runs never share: the first ingredient's is taken.
+Floating-point tensors are merged: in float32 for float16, bfloat16 and float8 models, in float64 for float32 and
+float64 ones, then rounded once. The result's dtype is the one asked for, else the models' (promoted where they differ,
+bfloat16 for float8). Integer and bool tensors are copied, and must be equal in all models, except BatchNorm's
+``num_batches_tracked``, a counter that two training runs never share: the first ingredient's is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from soupkit.errors import MergeError
+from soupkit.methods import find_method
+from soupkit.recipe import Recipe, check_names, layer_positions, resolve
+from soupkit.sources import merge_dtype, wider_dtype
 
-# One step wider than the ingredients, so that the uniform average of two is exact before its one rounding.
-WORKING_DTYPE = {
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float32: torch.float64,
-    torch.float64: torch.float64,
-}
+SOUP_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 COPIED_DTYPES = {
     torch.bool,
     torch.uint8,
@@ -35,8 +33,8 @@ COPIED_DTYPES = {
     torch.int32,
     torch.int64,
 }
-# A head that one checkpoint stores and another ties to its embeddings.
-HEADS = ("lm_head.weight", "embed_out.weight")
+
+Parameters = Mapping[str, Any]
 
 
 class Described(Protocol):
@@ -50,16 +48,25 @@ class Described(Protocol):
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor of the soup. ``working_dtype`` is None for a tensor that is copied from the first ingredient."""
+    """One tensor of the soup. ``working_dtype`` is None for a tensor that is copied from the first ingredient.
+
+    ``variants`` are the method's parameters for this tensor, once for each soup that is made in this pass.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     working_dtype: torch.dtype | None
+    variants: tuple[Parameters, ...]
 
     @property
     def num_elements(self) -> int:
         return prod(self.shape)
+
+    @property
+    def row_length(self) -> int:
+        """Elements of a slice along the first dimension; a tensor of at most one dimension is one row."""
+        return prod(self.shape[1:]) if len(self.shape) > 1 else self.num_elements
 
     @property
     def num_bytes(self) -> int:
@@ -70,20 +77,61 @@ class TensorPlan:
         return self.working_dtype is None and not self.name.endswith("num_batches_tracked")
 
 
+@dataclass(frozen=True)
+class Models:
+    """The named tensors of every model of a merge, and what to call each model in messages."""
+
+    ingredients: Sequence[Mapping[str, Described]]
+    base: Mapping[str, Described] | None
+    fishers: Sequence[Mapping[str, Described]]
+    labels: Sequence[str]  # of the ingredients, the base and the Fisher estimates, in this order
+
+    @property
+    def with_base(self) -> list[Mapping[str, Described]]:
+        return [*self.ingredients, *([] if self.base is None else [self.base])]
+
+
 def plan_tensors(
-    ingredients: Sequence[Mapping[str, Described]], labels: Sequence[str], dtype: torch.dtype | None
+    models: Models, dtype: torch.dtype | None, variants_of: Callable[[str], tuple[Parameters, ...]]
 ) -> list[TensorPlan]:
-    """The soup's tensors, in the first ingredient's order. Raises MergeError where the ingredients do not fit."""
-    for tensors, label in zip(ingredients[1:], labels[1:], strict=True):
-        _require_same_names(ingredients[0], tensors, labels[0], label)
-        _require_same_shapes(ingredients[0], tensors, labels[0], label)
-    return [_plan_tensor(name, [tensors[name] for tensors in ingredients], labels, dtype) for name in ingredients[0]]
+    """The soup's tensors, in the first ingredient's order. Raises MergeError where the models do not fit."""
+    first, merged = models.ingredients[0], models.with_base
+    for tensors, label in zip(merged[1:], models.labels[1:], strict=False):
+        _require_same_names(first, tensors, models.labels[0], label)
+        _require_same_shapes(first, tensors, models.labels[0], label)
+    plans = [
+        _plan_tensor(name, [tensors[name] for tensors in merged], models.labels, dtype, variants_of(name))
+        for name in first
+    ]
+    for fisher, label in zip(models.fishers, models.labels[len(merged) :], strict=True):
+        wanted = {plan.name: first[plan.name] for plan in plans if plan.working_dtype is not None}
+        missing = [name for name in wanted if name not in fisher]
+        if missing:
+            raise MergeError(f"{label} has no Fisher information for {name_list(missing)}: estimate it for all")
+        _require_same_shapes(wanted, fisher, models.labels[0], label)
+    return plans
+
+
+def parameters_by_name(recipes: Sequence[Recipe], names: Iterable[str]) -> Callable[[str], tuple[Parameters, ...]]:
+    """The function from a tensor's name to its parameters in each recipe. Raises MergeError for bad combinations."""
+    names = list(names)
+    positions = layer_positions(names)
+    method = find_method(recipes[0].method)
+    check_names(recipes[0], names)
+
+    def variants_of(name: str) -> tuple[Parameters, ...]:
+        variants = tuple(resolve(recipe, method, name, positions[name]) for recipe in recipes)
+        for parameters in variants:
+            method.check(parameters)
+        return variants
+
+    return variants_of
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A floating dtype from itself or its name (``"bfloat16"``). Raises MergeError for anything else."""
     parsed = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if parsed is not None and parsed not in WORKING_DTYPE:
+    if parsed is not None and parsed not in SOUP_DTYPES:
         raise MergeError(f"dtype {dtype} cannot hold a soup: choose float16, bfloat16, float32 or float64")
     return parsed
 
@@ -99,13 +147,6 @@ def _require_same_names(first: Mapping[str, Described], other: Mapping[str, Desc
     extra = [name for name in other if name not in first]
     if not missing and not extra:
         return
-    odd_head = next((name for name in [*missing, *extra] if name.endswith(HEADS)), None)
-    if odd_head is not None and len(missing) + len(extra) == 1:
-        has, lacks = (a, b) if missing else (b, a)
-        raise MergeError(
-            f"{odd_head!r} is stored in {has} but not in {lacks}, where it is tied to the embeddings: "
-            "load one of them and save it again with the other's tie_word_embeddings"
-        )
     facts = [f"{b} lacks {name_list(missing)}"] if missing else []
     facts += [f"{a} lacks {name_list(extra)}"] if extra else []
     raise MergeError(
@@ -123,13 +164,17 @@ def _require_same_shapes(first: Mapping[str, Described], other: Mapping[str, Des
 
 
 def _plan_tensor(
-    name: str, tensors: Sequence[Described], labels: Sequence[str], dtype: torch.dtype | None
+    name: str,
+    tensors: Sequence[Described],
+    labels: Sequence[str],
+    dtype: torch.dtype | None,
+    variants: tuple[Parameters, ...],
 ) -> TensorPlan:
     shape, first = tuple(tensors[0].shape), tensors[0].dtype
-    for tensor, label in zip(tensors, labels, strict=True):
-        if tensor.dtype not in WORKING_DTYPE and tensor.dtype not in COPIED_DTYPES:
+    for tensor, label in zip(tensors, labels, strict=False):
+        if merge_dtype(tensor.dtype) not in SOUP_DTYPES and tensor.dtype not in COPIED_DTYPES:
             raise MergeError(
-                f"tensor {name!r} in {label} is {_dtype_name(tensor.dtype)}, which cannot be averaged: "
+                f"tensor {name!r} in {label} is {_dtype_name(tensor.dtype)}, which cannot be merged: "
                 "convert the checkpoint to bfloat16 first"
             )
         if tensor.dtype != first and (tensor.dtype in COPIED_DTYPES or first in COPIED_DTYPES):
@@ -138,11 +183,9 @@ def _plan_tensor(
                 "convert one of them first"
             )
     if first in COPIED_DTYPES:
-        return TensorPlan(name, shape, first, None)
-    promoted = first
-    for tensor in tensors[1:]:
-        promoted = torch.promote_types(promoted, tensor.dtype)
-    return TensorPlan(name, shape, dtype or promoted, WORKING_DTYPE[promoted])
+        return TensorPlan(name, shape, first, None, variants)
+    promoted = reduce(torch.promote_types, (merge_dtype(tensor.dtype) for tensor in tensors))
+    return TensorPlan(name, shape, dtype or promoted, wider_dtype(promoted), variants)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

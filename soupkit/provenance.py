@@ -2,53 +2,51 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from soupkit.checkpoint import Checkpoint, open_checkpoint
-from soupkit.methods import find_method
+from soupkit.hashing import DEFAULT, check_algorithm, hash_file
+from soupkit.recipe import Recipe
 
 VERSION = "0.1.0"
 
 
-def provenance(method: str, ingredients: Sequence[str | Path], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a soup of folders, ready for JSON: method, resolved parameters, ingredients with file hashes.
+def provenance(recipe: Recipe, *, hash: str = DEFAULT, allow_pickle: bool = False) -> dict[str, Any]:
+    """The record of a soup of folders, ready for JSON: the recipe, and every model's files with their hashes.
 
-    {"soupkit": version, "method": ..., "parameters": {...}, "ingredients": [{"folder": as given, "files": {file name:
-    {"bytes": size, "sha256": hash}}}, ...]}. Weights are the normalised ones. Folders merged with ``out=`` carry it as
-    soup.json; for a soup in memory, write it yourself. Reads every weight file once. Raises MergeError for an unknown
-    method, parameters that do not fit it, or folders that cannot be read.
+    {"soupkit": version, "recipe": {...}, "ingredients": [{"folder": as given, "role": "ingredient", "base" or "fisher",
+    "files": {file name: {"bytes": size, hash name: hash}}}, ...]}. Folders merged with ``out=`` carry it as soup.json,
+    with the soup's own files; for a soup in memory, write it yourself. Reads every weight file once. Raises MergeError
+    for a recipe that does not hold or folders that cannot be read.
     """
-    resolved = find_method(method).resolve(parameters, len(ingredients))
-    return describe(method, resolved, [open_checkpoint(folder) for folder in ingredients], file_sha256)
+    recipe.validate()
+    check_algorithm(hash)
+    opened = [(role, open_checkpoint(model, allow_pickle=allow_pickle)) for role, model in roles(recipe)]
+    return describe(recipe, opened, lambda path: {hash: hash_file(path, hash)})
+
+
+def roles(recipe: Recipe) -> list[tuple[str, Any]]:
+    """Every model of a recipe with its role, in the order in which the engine reads them."""
+    models = [("ingredient", model) for model in recipe.models]
+    models += [] if recipe.base is None else [("base", recipe.base)]
+    return models + [("fisher", fisher) for fisher in recipe.fishers]
 
 
 def describe(
-    method: str,
-    parameters: Mapping[str, Any],
-    checkpoints: Sequence[Checkpoint],
-    sha256: Callable[[Path], str],
+    recipe: Recipe, checkpoints: Sequence[tuple[str, Checkpoint]], hashes: Callable[[Path], Mapping[str, str]]
 ) -> dict[str, Any]:
-    """The record for resolved parameters and opened checkpoints; ``sha256`` gives the hash of a file."""
+    """The record for opened checkpoints with their roles; ``hashes`` gives a file's hash by the algorithm's name."""
     return {
         "soupkit": VERSION,
-        "method": method,
-        "parameters": dict(parameters),
+        "recipe": recipe.to_dict(),
         "ingredients": [
             {
                 "folder": checkpoint.label,
-                "files": {
-                    path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in checkpoint.files
-                },
+                "role": role,
+                "files": {path.name: {"bytes": path.stat().st_size, **hashes(path)} for path in checkpoint.files},
             }
-            for checkpoint in checkpoints
+            for role, checkpoint in checkpoints
         ],
     }
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -78,7 +78,7 @@ def test_layout_of_a_run_folder(full_run: Path, checkpoints: dict[str, Path], pr
 
     soup = json.loads((full_run / "reference" / "soup.json").read_text(encoding="utf-8"))
     assert [ingredient["folder"] for ingredient in soup["ingredients"]] == [str(checkpoints["first"])] * 2
-    assert soup["parameters"]["weights"] == [0.5, 0.5]
+    assert soup["recipe"] == {"method": "linear", "models": [str(checkpoints["first"])] * 2}
 
 
 def test_metrics_have_one_object_an_update_with_the_same_keys(full_run: Path) -> None:

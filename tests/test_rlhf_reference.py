@@ -82,6 +82,6 @@ def test_description_names_folders_weights_and_hashes(checkpoints: dict[str, Pat
     folders = [str(checkpoints["first"]), str(checkpoints["second"])]
     description = describe_reference(folders, [1.0, 3.0])
     assert [ingredient["folder"] for ingredient in description["ingredients"]] == folders
-    assert description["parameters"]["weights"] == [0.25, 0.75]
-    hashes = [next(iter(ingredient["files"].values()))["sha256"] for ingredient in description["ingredients"]]
+    assert [entry["weight"] for entry in description["recipe"]["models"]] == [1.0, 3.0]
+    hashes = [next(iter(ingredient["files"].values()))["xxh3_128"] for ingredient in description["ingredients"]]
     assert len(set(hashes)) == 2

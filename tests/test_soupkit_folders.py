@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import soupkit
-from soupkit import METHODS, MergeError
+from soupkit import MergeError, Recipe
 from soupkit.folder import parse_size
 
 CONFIG = {"model_type": "tiny", "vocab_size": 11, "torch_dtype": "float32"}
@@ -79,10 +80,13 @@ def call(method: str, models: list, **options):
     options = {"progress": False} | options
     if method == "average":
         return soupkit.average(models, [0.3, 0.7], **options)
+    if method == "ties":
+        recipe = Recipe("ties", models[:1], base=models[1], parameters={"weight": 1, "density": 0.3})
+        return soupkit.merge(recipe, **options)
     return soupkit.interpolate(*models, 0.7, method=method, **options)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["average", "linear", "slerp", "ties"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", [(1, 1), (3, 2)])
 def test_three_levels_agree_for_every_layout(tmp_path, method, dtype, layout):
@@ -139,7 +143,14 @@ def test_the_output_folder(tmp_path):
         folders.append(folder)
     out = soupkit.average(folders, [1, 3], out=tmp_path / "deep" / "soup", dtype=torch.bfloat16, progress=False)
     assert out == tmp_path / "deep" / "soup"
-    expected = {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "soup.json"}
+    expected = {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "soup.json",
+        "README.md",
+    }
     assert {path.name for path in out.iterdir()} == expected | {"model.safetensors"}
     assert json.loads((out / "generation_config.json").read_text()) == {"from": "a"}
     assert json.loads((out / "config.json").read_text()) == CONFIG | {"torch_dtype": "bfloat16"}
@@ -152,15 +163,21 @@ def test_the_output_folder(tmp_path):
     content = (folders[1] / "model.safetensors").read_bytes()
     assert record["ingredients"][1] == {
         "folder": str(folders[1]),
-        "files": {"model.safetensors": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}},
+        "role": "ingredient",
+        "files": {"model.safetensors": {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}},
     }
-    assert record["method"] == "average"
-    assert record["parameters"] == {"weights": [0.25, 0.75]}
+    entries = [{"model": str(folder), "weight": weight} for folder, weight in zip(folders, (1.0, 3.0), strict=True)]
+    assert record["recipe"] == {"method": "linear", "models": entries, "dtype": "bfloat16"}
+    assert record["files"].keys() == expected - {"soup.json", "README.md"} | {"model.safetensors"}
+    assert record["files"]["tokenizer.json"]["bytes"] == (out / "tokenizer.json").stat().st_size
     assert record["dtype"] == "bfloat16"
     assert record["non_finite"] == {}
     assert record["soupkit"] == soupkit.__version__
-    common = soupkit.provenance("average", folders, {"weights": [1, 3]})
-    assert common == {key: record[key] for key in ("soupkit", "method", "parameters", "ingredients")}
+    recipe = Recipe.from_dict(record["recipe"])
+    assert soupkit.provenance(recipe) == {key: record[key] for key in ("soupkit", "recipe", "ingredients")}
+    secure = soupkit.provenance(recipe, hash="sha256")["ingredients"][1]["files"]["model.safetensors"]
+    assert secure == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert_same_bits(load(soupkit.merge(recipe, out=tmp_path / "twin", progress=False)), load(out))
     # A soup is an ingredient like any other, and its soup.json is not inherited.
     again = soupkit.average([out, out], out=tmp_path / "again", progress=False)
     assert_same_bits(load(again), load(out))
@@ -176,10 +193,15 @@ def test_non_finite_values_are_counted_in_the_record(tmp_path):
     states = [make_state(0), make_state(1)]
     states[1]["layer.1.weight"][2, :3] = torch.nan
     folders = [save(tmp_path / f"m{i}", state) for i, state in enumerate(states)]
-    with pytest.warns(UserWarning, match="3 NaN or infinite values, inherited from the ingr.*, in 'layer.1.weight'"):
-        out = soupkit.average(folders, out=tmp_path / "soup", progress=False)
+    with pytest.raises(MergeError, match=r"tensor 'layer.1.weight' of .*/m1 holds NaN or infinite values"):
+        soupkit.average(folders, out=tmp_path / "soup", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m0", "m1"]
+    with pytest.warns(UserWarning, match="3 NaN or infinite values, in 'layer.1.weight'"):
+        out = soupkit.average(folders, out=tmp_path / "soup", allow_nonfinite=True, progress=False)
     record = json.loads((out / "soup.json").read_text())
-    assert record["non_finite"] == {"layer.1.weight": {"soup": 3, "ingredients": [0, 3]}}
+    assert record["non_finite"] == {
+        "layer.1.weight": {"soup": 3, "models": dict(zip(map(str, folders), (0, 3), strict=True))}
+    }
     assert load(out)["layer.1.weight"].isnan().sum() == 3
 
 
@@ -231,7 +253,7 @@ def test_a_failed_merge_leaves_nothing_and_loses_nothing(pair, tmp_path, monkeyp
     def fail(*_):
         raise OSError("disk on fire")
 
-    monkeypatch.setattr("soupkit.folder._copy_companions", fail)
+    monkeypatch.setattr("soupkit.folder._write_companions", fail)
     for target in (out, tmp_path / "new"):
         with pytest.raises(OSError, match="disk on fire"):
             soupkit.average(pair, [0, 1], out=target, overwrite=True, progress=False)
@@ -249,7 +271,7 @@ def test_only_checkpoints_are_overwritten(pair, tmp_path):
             soupkit.average(pair, out=tmp_path / name, overwrite=True, progress=False)
     with pytest.raises(FileExistsError, match=r"a is not only a checkpoint \(weights, no sub-folders\)"):
         soupkit.average([pair[1]], out=pair[0], overwrite=True, progress=False)
-    with pytest.raises(FileExistsError, match="a is one of the ingredients"):
+    with pytest.raises(FileExistsError, match="a is one of the models that are merged"):
         soupkit.average(pair, out=pair[0], overwrite=True, progress=False)
     assert (tmp_path / "thesis" / "chapter1.tex").exists()
 
@@ -259,11 +281,11 @@ import sys, time
 from dataclasses import replace
 import soupkit
 
-row = soupkit.METHODS["average"]
-def slowly(blocks, weights):
+row = soupkit.METHODS["linear"]
+def slowly(blocks, weight, normalize):
     time.sleep(0.2)
-    return row.function(blocks, weights)
-soupkit.METHODS["average"] = replace(row, function=slowly)
+    return row.function(blocks, weight, normalize)
+soupkit.METHODS["linear"] = replace(row, function=slowly)
 soupkit.average(sys.argv[1:3], out=sys.argv[3], overwrite=True, progress=False)
 """
 
@@ -323,14 +345,6 @@ def test_memory_is_bounded_by_blocks_not_by_models_or_tensors(tmp_path):
     done = subprocess.run([sys.executable, "-c", PEAK_MEMORY, *arguments], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 50e6  # a model is 80 MB, and so is its one tensor
     shutil.rmtree(tmp_path)
-
-
-def test_tied_embeddings_and_a_stored_head(tmp_path):
-    tied = save(tmp_path / "tied", {"embed.weight": torch.ones(2, 2)})
-    untied = save(tmp_path / "untied", {"embed.weight": torch.ones(2, 2), "lm_head.weight": torch.ones(2, 2)})
-    for models in ([tied, untied], [untied, tied]):
-        with pytest.raises(MergeError, match=r"'lm_head.weight' is stored in .*untied but not in .*/tied, where"):
-            soupkit.average(models, progress=False)
 
 
 def test_a_llama_survives_and_stays_tied(tmp_path):
@@ -432,7 +446,7 @@ def test_bad_folders_are_told_in_one_line(tmp_path, pair, monkeypatch):
         tmp_path / "long": r"long/model.safetensors is damaged",
         tmp_path / "lying": r"lying/model.safetensors is damaged \(bytes 0 to 4 do not hold a tensor \[2\] of F32\)",
         tmp_path / "text": r"text/model.safetensors is damaged",
-        tmp_path / "unknown": r"unknown/model.safetensors is damaged \('F4'\)",
+        tmp_path / "unknown": r"unknown/model.safetensors: tensor 'w' has dtype 'F4', which is not read here",
         tmp_path / "hollow": r"hollow holds no tensors",
     }
     for folder, message in cases.items():
@@ -494,5 +508,5 @@ def test_the_progress_bar_is_on_stderr_and_can_be_turned_off(pair, capsys):
     soupkit.average(pair)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "average" in captured.err
+    assert "linear" in captured.err
     assert "100%" in captured.err

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 import soupkit
-from soupkit import METHODS, MergeError
+from soupkit import METHODS, MergeError, Recipe
 from soupkit.blocks import BLOCK
-from soupkit.methods import gram_matrix, normalised_weights
+from soupkit.methods.averages import normalised
+from soupkit.methods.spherical import gram_matrix
 
+PATHS = ("linear", "slerp")  # between two models
 # Significant bits and exponent of the smallest normal number.
 FORMATS = {torch.float32: (24, -126), torch.float16: (11, -14), torch.bfloat16: (8, -126)}
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float64: torch.int64}
@@ -123,16 +125,16 @@ def test_float64_is_rounded_to_16_bits_once(dtype):
     near_ties = (ties[:, None] * (1 + offsets.double())).flatten()
     extremes = torch.tensor([1e39, 1e308, 1e-39, 2.0**-150, 1e-300], dtype=torch.float64)
     values = torch.cat([ties, near_ties, extremes, -extremes])
-    with pytest.warns(UserWarning, match="too large for the soup's dtype"):
-        soup = soupkit.average([values], dtype=dtype)
+    with pytest.warns(UserWarning, match="NaN or infinite values, in 'tensor'"):
+        soup = soupkit.average([values], dtype=dtype, allow_nonfinite=True)
     expected = [math.copysign(round_once(Fraction(x), dtype), x) for x in values.tolist()]
     assert same_bits(soup, torch.tensor(expected, dtype=torch.float64).to(dtype))
 
 
 def test_not_a_number_and_infinity_survive_the_rounding():
     values = torch.tensor([math.nan, math.inf, -math.inf, -0.0])
-    with pytest.warns(UserWarning, match="3 NaN or infinite values, inherited"):
-        soup = soupkit.average([values, values], dtype="bfloat16")
+    with pytest.warns(UserWarning, match="3 NaN or infinite values, in 'tensor'"):
+        soup = soupkit.average([values, values], dtype="bfloat16", allow_nonfinite=True)
     assert soup[0].isnan()
     assert same_bits(soup[1:], values[1:].bfloat16())
 
@@ -189,7 +191,7 @@ def test_dot_products_do_not_depend_on_threads_and_are_exact_enough(monkeypatch)
 
     def record(blocks, t, gram):
         grams.append(gram)
-        return blocks[0]
+        return blocks.ingredients[0]
 
     monkeypatch.setitem(METHODS, "slerp", replace(METHODS["slerp"], function=record))
     before = torch.get_num_threads()
@@ -212,13 +214,10 @@ def test_dot_products_do_not_depend_on_threads_and_are_exact_enough(monkeypatch)
 
 
 def call(method: str, models: list, **options):
-    """Any method of the table on two models."""
-    if method == "average":
-        return soupkit.average(models, [0.3, 0.7], **options)
     return soupkit.interpolate(*models, 0.7, method=method, **options)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PATHS)
 @pytest.mark.parametrize("dtype", BITS)
 def test_every_method_leaves_its_ingredients_alone_and_keeps_shape_and_dtype(method, dtype):
     for shape in ((), (0,), (1,), (3, 5), (2, 3, 4)):
@@ -230,16 +229,16 @@ def test_every_method_leaves_its_ingredients_alone_and_keeps_shape_and_dtype(met
         assert all(same_bits(model, copy) for model, copy in zip(models, copies, strict=True))
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not row.needs_gram])
-def test_no_elementwise_method_depends_on_where_blocks_are_cut(method, monkeypatch):
+def test_no_elementwise_method_depends_on_where_blocks_are_cut(monkeypatch):
     models = [torch.randn(1003).half() for _ in range(2)]
-    whole = call(method, models)
+    whole = call("linear", models)
     for block in (1, 7, 64, 1002):
         monkeypatch.setattr("soupkit.blocks.BLOCK", block)
-        assert same_bits(call(method, models), whole)
+        monkeypatch.setattr("soupkit.engine.BLOCK", block)
+        assert same_bits(call("linear", models), whole)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PATHS)
 def test_a_model_with_itself_is_itself(method):
     for dtype in FORMATS:
         model = torch.randn(1000).to(dtype)
@@ -247,25 +246,31 @@ def test_a_model_with_itself_is_itself(method):
     assert same_bits(soupkit.average([model] * 3), model)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PATHS)
 def test_non_contiguous_tensors(method):
     models = [torch.randn(6, 4).t(), torch.randn(8, 6)[::2]]
     assert same_bits(call(method, models), call(method, [model.contiguous() for model in models]))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_non_finite_values_stay_in_place_and_are_told(method):
+@pytest.mark.parametrize("method", PATHS)
+def test_non_finite_values_are_refused_or_stay_in_place_and_are_told(method):
     a, b = torch.randn(8), torch.randn(8)
     a[2], b[5] = math.nan, math.inf
-    with pytest.warns(UserWarning, match=r"2 NaN or infinite values, inherited from the ingredients, in 'tensor'"):
-        soup = call(method, [a, b])
+    for models, culprit in (([a, torch.ones(8)], 1), ([torch.ones(8), b], 2)):
+        with pytest.raises(MergeError, match=rf"'tensor' of ingredient {culprit} holds NaN .* allow_nonfinite=True"):
+            call(method, models)
+    with pytest.warns(UserWarning, match=r"2 NaN or infinite values, in 'tensor'"):
+        soup = call(method, [a, b], allow_nonfinite=True)
     assert soup.isfinite().logical_not().nonzero().flatten().tolist() == [2, 5]
 
 
 def test_values_too_large_for_the_dtype_are_told():
     big = torch.tensor([1.0, 1e5])
-    with pytest.warns(UserWarning, match=r"1 NaN or infinite values, too large for the soup's dtype, in 'tensor'"):
-        assert soupkit.average([big, big], dtype=torch.float16).tolist() == [1.0, math.inf]
+    with pytest.raises(MergeError, match="'tensor' of the soup is too large for float16: choose a wider dtype"):
+        soupkit.average([big, big], dtype=torch.float16)
+    with pytest.warns(UserWarning, match=r"1 NaN or infinite values, in 'tensor'"):
+        soup = soupkit.average([big, big], dtype=torch.float16, allow_nonfinite=True)
+    assert soup.tolist() == [1.0, math.inf]
 
 
 def test_large_but_finite_sums_are_not_reported():
@@ -294,6 +299,16 @@ class Tied(nn.Module):
         nn.init.constant_(self.embed.weight, value)
         self.norm.running_mean.fill_(value)
         self.norm.num_batches_tracked.fill_(int(value))
+
+
+def test_a_sweep_is_many_interpolations(tmp_path):
+    a, b = torch.randn(5, 3), torch.randn(5, 3)
+    for method in PATHS:
+        swept = soupkit.sweep(a, b, [0, 0.3, 1.2], method=method)
+        assert all(
+            same_bits(soup, soupkit.interpolate(a, b, t, method=method))
+            for soup, t in zip(swept, [0, 0.3, 1.2], strict=True)
+        )
 
 
 def test_modules():
@@ -328,7 +343,7 @@ def test_state_dicts_keep_ties_and_order():
             soupkit.average(pair)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PATHS)
 @pytest.mark.parametrize("dtype", BITS)
 def test_tensors_state_dicts_and_modules_agree(method, dtype):
     models = [nn.Linear(700, 401).to(dtype) for _ in range(2)]  # more than one block
@@ -350,16 +365,16 @@ def test_integers_are_copied_when_equal():
 
 
 def test_weights_are_normalised():
-    assert normalised_weights([1, 3], 2) == [0.25, 0.75]
-    assert normalised_weights([1e308, 1e308], 2) == [0.5, 0.5]
-    assert normalised_weights([5e-324, 0], 2) == [1.0, 0.0]
-    assert normalised_weights(None, 4) == [0.25] * 4
-    assert normalised_weights(torch.tensor([2.0, 2.0]), 2) == [0.5, 0.5]
+    assert normalised([1, 3]) == [0.25, 0.75]
+    assert normalised([1e308, 1e308]) == [0.5, 0.5]
+    assert normalised([5e-324, 0]) == [1.0, 0.0]
+    assert normalised([3, -1]) == [1.5, -0.5]
+    assert soupkit.average([torch.zeros(1), torch.ones(1)], torch.tensor([2.0, 2.0])).item() == 0.5
 
 
 ONE = torch.ones(2)
 BAD_CALLS = {
-    "no model": (lambda: soupkit.average([]), "found 0 models to merge: this method takes at least one"),
+    "no model": (lambda: soupkit.average([]), "found 0 models to merge: linear takes at least 1"),
     "one model": (lambda: soupkit.average(ONE), "found one Tensor where a list of models belongs"),
     "one folder": (lambda: soupkit.average("runs/sft1"), "found one str where a list of models belongs"),
     "mixed": (lambda: soupkit.average([ONE, {"a": ONE}]), "model 1 is a tensor and model 2 is a state dict"),
@@ -368,7 +383,7 @@ BAD_CALLS = {
     "negative": (lambda: soupkit.average([ONE, ONE], [1, -2]), "weight 2 is -2: weights must be finite and not neg"),
     "nan": (lambda: soupkit.average([ONE, ONE], [math.nan, 1]), "weight 1 is nan: weights must be finite"),
     "inf": (lambda: soupkit.average([ONE, ONE], [1, math.inf]), "weight 2 is inf: weights must be finite"),
-    "zero": (lambda: soupkit.average([ONE, ONE], [0, 0]), "the weights sum to 0: at least one must be positive"),
+    "zero": (lambda: soupkit.average([ONE, ONE], [0, 0]), "the weights sum to 0, so they cannot be normalised"),
     "words": (lambda: soupkit.average([ONE, ONE], ["x", 1]), "weights must be numbers, one per ingredient"),
     "t": (lambda: soupkit.interpolate(ONE, ONE, math.nan), "t is nan: it must be finite"),
     "t word": (lambda: soupkit.interpolate(ONE, ONE, "x"), "t must be a number"),
@@ -395,15 +410,41 @@ BAD_CALLS = {
         lambda: soupkit.average([{"w": ONE.long()}, {"w": ONE}]),
         "tensor 'w' is int64 in ingredient 1 and float32 in ingredient 2: convert one of them first",
     ),
-    "float8": (
-        lambda: soupkit.average([ONE, ONE.to(torch.float8_e4m3fn)]),
-        "tensor 'tensor' in ingredient 2 is float8_e4m3fn, which cannot be averaged",
+    "complex": (
+        lambda: soupkit.average([ONE, ONE.to(torch.complex64)]),
+        "tensor 'tensor' in ingredient 2 is complex64, which cannot be merged",
     ),
     "not a tensor": (lambda: soupkit.average([{"step": 3}]), "'step' in ingredient 1 is a int, not a tensor"),
-    "provenance": (lambda: soupkit.provenance("x", [], {}), "unknown method 'x': choose one of average, linear, slerp"),
-    "parameter": (lambda: METHODS["linear"].resolve({}, 2), "parameter 't' is missing: 0 gives the first ingredient"),
-    "unknown parameter": (lambda: METHODS["linear"].resolve({"t": 1, "x": 2}, 2), "unknown parameter 'x': .* takes t"),
-    "three": (lambda: METHODS["slerp"].resolve({"t": 1}, 3), "found 3 models to merge: this method takes exactly two"),
+    "provenance": (lambda: soupkit.provenance(Recipe("x", [])), "unknown method 'x': choose one of linear, slerp"),
+    "parameter": (lambda: soupkit.merge(Recipe("slerp", [ONE, ONE])), "slerp needs the parameter 't'"),
+    "three": (
+        lambda: soupkit.merge(Recipe("slerp", [ONE] * 3, parameters={"t": 1})),
+        "found 3 models to merge: slerp takes exactly 2",
+    ),
+    "no base": (lambda: soupkit.merge(Recipe("ties", [ONE])), "ties needs a base model"),
+    "needless base": (lambda: soupkit.merge(Recipe("linear", [ONE], base=ONE)), "linear takes no base model"),
+    "no Fisher": (
+        lambda: soupkit.merge(Recipe("fisher", [ONE, ONE])),
+        "found 0 Fisher estimates for 2 models: fisher takes one Fisher estimate per model",
+    ),
+    "Fisher of another shape": (
+        lambda: soupkit.merge(Recipe("fisher", [{"w": ONE}], fishers=[{"w": torch.ones(3)}])),
+        r"tensor 'w' has shape \[2\] in ingredient 1 and \[3\] in Fisher estimate 1",
+    ),
+    "Fisher without a tensor": (
+        lambda: soupkit.merge(Recipe("fisher", [{"w": ONE}], fishers=[{"v": ONE}])),
+        "Fisher estimate 1 has no Fisher information for 'w'",
+    ),
+    "epsilon": (
+        lambda: soupkit.merge(Recipe("della", [ONE], base=ONE, parameters={"weight": 1, "density": 0.1})),
+        r"density 0.1 with epsilon 0.15 gives keep probabilities beyond \[0, 1\]: choose epsilon at most 0.1",
+    ),
+    "threads": (lambda: soupkit.average([ONE], num_threads=0), "num_threads is 0: it must be at least 1"),
+    "no points": (lambda: soupkit.sweep(ONE, ONE, []), "ts is empty: give at least one t"),
+    "tokenizer": (
+        lambda: soupkit.merge(Recipe("linear", [ONE], tokenizer="union")),
+        "tokenizer is for folders, and each model is a tensor",
+    ),
 }
 
 

@@ -24,7 +24,7 @@ AT_IMPORT_TIME = {
 }  # fmt: skip
 # ... and inside functions on top of those.
 WHEN_ASKED_FOR = {
-    "soupkit": {"yaml", "huggingface_hub", "transformers"},
+    "soupkit": {"yaml", "huggingface_hub", "transformers", "xxhash"},
     "rlhf": {"matplotlib", "gguf"},
     "analysis": set(),
 }

@@ -1,0 +1,62 @@
+"""Files of a checkpoint, opened with care: it may have been downloaded from anyone."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from soupkit.errors import MergeError
+
+MAX_TEXT_BYTES = 500 * 10**6  # the largest tokenizer.json are a tenth of this
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[int]:
+    """A descriptor for reading. Raises MergeError for anything but a regular file, such as a pipe that never ends."""
+    # Without O_NONBLOCK, opening a pipe waits for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise MergeError(f"{path} is no regular file: download or save the checkpoint again")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a text file of a checkpoint holds. Raises MergeError for one that is far too large for that."""
+    with open_regular(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
+        size = os.fstat(descriptor).st_size
+        if size > MAX_TEXT_BYTES:
+            raise MergeError(f"{path} has {size} bytes, too many for a text file of a checkpoint: download it again")
+        return file.read()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises MergeError when it holds none."""
+    try:
+        parsed = json.loads(read_bytes(path).decode("utf-8"))
+    except MergeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise MergeError(f"{path} is not valid JSON ({error}): download or save the checkpoint again") from None
+    if not isinstance(parsed, dict):
+        raise MergeError(f"{path} holds no JSON object: download or save the checkpoint again")
+    return parsed
+
+
+def require_own_file(folder: Path, path: Path) -> None:
+    """Raise MergeError for a weight file that is a link out of its folder, unless into the hub cache's own blobs."""
+    if not path.is_symlink():
+        return
+    home, target = folder.resolve(), path.resolve()
+    # The hub cache keeps REPOSITORY/snapshots/REVISION/name -> REPOSITORY/blobs/hash.
+    snapshots = [parent for parent in home.parents if parent.name == "snapshots"]
+    allowed = [home, *(parent.parent / "blobs" for parent in snapshots)]
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise MergeError(f"{path} is a link out of its folder, to {target}: put the file itself there")

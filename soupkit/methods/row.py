@@ -1,0 +1,156 @@
+"""What a row of the table of methods consists of, and what a method gets to see.
+
+A method sees the same block of every model, already in the working precision, and gives the soup's block without
+changing its input. What it must know of the whole tensors (dot products, thresholds) it asks for beforehand, in its
+``survey``: each question is one pass over the tensor, block by block, so no method ever holds a whole tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from soupkit.errors import MergeError
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The same block of every model. Each is flat, [N], or whole rows, [R, C], for methods that ask for whole rows.
+
+    A row is a slice along the tensor's first dimension, flattened; a tensor of at most one dimension is one row.
+    """
+
+    ingredients: Sequence[Tensor]
+    base: Tensor | None
+    fishers: Sequence[Tensor]
+    shape: tuple[int, ...]  # of the whole tensor
+    random: Callable[[int], Tensor]  # ingredient → uniform int16 values, one per element of the block
+
+    @property
+    def origin(self) -> Tensor:
+        """The base, for methods that require one."""
+        assert self.base is not None
+        return self.base
+
+    @property
+    def deltas(self) -> list[Tensor]:
+        """The task vectors xᵢ − base, as new tensors."""
+        return [x - self.origin for x in self.ingredients]
+
+    @property
+    def directions(self) -> Sequence[Tensor]:
+        """The task vectors where there is a base, else the ingredients."""
+        return self.ingredients if self.base is None else self.deltas
+
+
+class Whole(Protocol):
+    """The whole tensors, as a survey sees them."""
+
+    @property
+    def num_elements(self) -> int: ...
+
+    @property
+    def num_ingredients(self) -> int: ...
+
+    @property
+    def has_base(self) -> bool: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def total(self, function: Callable[[Blocks], Tensor]) -> Tensor:
+        """Σ function(blocks) over all blocks, in order, in float64 on the CPU. One pass."""
+
+    def order_statistics(
+        self, function: Callable[[Blocks], Sequence[Tensor]], ranks: Sequence[Sequence[int]], *, rowwise: bool = False
+    ) -> list[list[float]]:
+        """The exact values that would stand at 0-based ``ranks[q]`` if quantity q were sorted in ascending order.
+
+        ``function`` gives the quantities as tensors of the blocks' size. It must be elementwise, unless ``rowwise``.
+        About two passes.
+        """
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a method: what it means, its kind and range, and its default unless it is required."""
+
+    meaning: str
+    kind: type = float
+    default: Any = None
+    required: bool = False
+    per_ingredient: bool = False  # one value per ingredient; a single value serves all
+    low: float | None = None
+    high: float | None = None
+
+    def check(self, name: str, value: Any) -> Any:
+        """One value, brought to the parameter's kind. Raises MergeError for what is none or out of range."""
+        if value is None and self.default is None and not self.required:
+            return None
+        if self.kind is bool:
+            if not isinstance(value, bool):
+                raise MergeError(f"{name} is {value!r}: it must be true or false")
+            return value
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(value, bool) or not math.isfinite(number):
+            raise MergeError(f"{name} is {value!r}: it must be a finite number")
+        if self.kind is int and number != int(number):
+            raise MergeError(f"{name} is {value!r}: it must be a whole number")
+        if (self.low is not None and number < self.low) or (self.high is not None and number > self.high):
+            raise MergeError(f"{name} is {value!r}: it must be {self.range}")
+        return int(number) if self.kind is int else number
+
+    @property
+    def range(self) -> str:
+        """The allowed values in words."""
+        if self.low is not None and self.high is not None:
+            return f"from {self.low:g} to {self.high:g}"
+        if self.low is not None:
+            return f"at least {self.low:g}"
+        return "any number" if self.high is None else f"at most {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: how a method is computed, what it needs, where it comes from."""
+
+    function: Callable[..., Tensor]  # (blocks, **parameters, **what the survey found) -> block
+    summary: str
+    formula: str
+    paper: str
+    departures: str = "none"
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    base: Literal["none", "optional", "required"] = "none"
+    min_ingredients: int = 1  # not counting the base
+    max_ingredients: int | None = None
+    needs_fishers: bool = False
+    survey: Callable[..., dict[str, Any]] | None = None  # (whole, **parameters) -> more keywords for the function
+    whole_rows: Callable[[Mapping[str, Any]], bool] = lambda parameters: False
+    shows_non_finite: bool = True  # whether a NaN or infinite value of any model shows in the result
+    check: Callable[[Mapping[str, Any]], object] = lambda parameters: None  # raises MergeError for a bad combination
+
+    def require_fit(self, name: str, num_ingredients: int, has_base: bool, num_fishers: int) -> None:
+        """Raise MergeError unless the method can be applied to so many models."""
+        least, most = self.min_ingredients, self.max_ingredients
+        if num_ingredients < least or (most is not None and num_ingredients > most):
+            count = f"exactly {least}" if least == most else f"at least {least}" if most is None else f"at most {most}"
+            beside = " beside the base" if has_base else ""
+            raise MergeError(f"found {num_ingredients} models to merge{beside}: {name} takes {count}")
+        if self.base == "required" and not has_base:
+            raise MergeError(f"{name} needs a base model, the one that the others were fine-tuned from: give base")
+        if self.base == "none" and has_base:
+            raise MergeError(f"{name} takes no base model: leave base out, or list it among the models")
+        if num_fishers != (num_ingredients if self.needs_fishers else 0):
+            takes = "one Fisher estimate per model" if self.needs_fishers else "no Fisher estimates"
+            raise MergeError(f"found {num_fishers} Fisher estimates for {num_ingredients} models: {name} takes {takes}")
+
+    def keywords(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters as the function takes them: ``lambda`` is no name in Python, and some have no effect."""
+        return {"lambda_" if name == "lambda" else name: v for name, v in parameters.items() if name != "int8_mask"}
