@@ -146,6 +146,7 @@ class _WholeTensor:
         self.num_ingredients, self.has_base = len(readers.ingredients), readers.base is not None
         self.row = plan.row_length if method.whole_rows(plan.variants[0]) else None
         self.load = _Loader(device, plan.working_dtype)
+        self.surveyed = False  # whether a survey has seen, and so checked, every block
 
     def surveyed_variants(self) -> list[dict[str, Any]]:
         """The method's keywords for each variant. Variants differ in ``t`` alone, which no survey depends on."""
@@ -197,8 +198,8 @@ class _WholeTensor:
         # A float32 sum that is finite is finite in bfloat16 too, but for the last half unit of its range.
         narrowed = self.plan.dtype in NARROW or soup.dtype == torch.float64
         watched = rounded.float() if narrowed and self.plan.dtype != torch.float64 else soup
-        suspects = [watched] if self.method.shows_non_finite else [watched, *self._models(blocks)]
-        if self.non_finite.allowed and self.method.survey:
+        suspects = [watched]
+        if not (self.method.shows_non_finite or self.surveyed) or (self.non_finite.allowed and self.method.survey):
             suspects += self._models(blocks)
         if not _sums_are_finite(suspects):
             self.non_finite.examine(self.plan, self.readers.labels, self._models(blocks), rounded)
@@ -206,6 +207,7 @@ class _WholeTensor:
 
     def _checked(self, blocks: Blocks) -> Blocks:
         """For a survey: finite values only. Where others are allowed they count as 0, so that they stay in place."""
+        self.surveyed = True
         if _sums_are_finite(self._models(blocks)):
             return blocks
         if not self.non_finite.allowed:
@@ -241,8 +243,8 @@ class _Loader:
 class _Random:
     """Uniform int16 values for one block: a function of the seed, the tensor's name, the ingredient and the position.
 
-    They do not depend on other tensors, threads, files or Python's hash seed. The bits are those of NumPy's SFC64,
-    whose stream NumPy promises to keep.
+    They do not depend on other tensors, blocks, threads, files or Python's hash seed. The bits are those of NumPy's
+    PCG64DXSM, whose stream NumPy promises to keep and which can begin anywhere in it.
     """
 
     plan: TensorPlan
@@ -251,11 +253,11 @@ class _Random:
 
     def __call__(self, ingredient: int) -> Tensor:
         seed = self.plan.variants[0]["seed"]
-        place = f"{seed}/{ingredient}/{self.start}/{self.plan.name}"
-        key = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=16).digest(), "little")
-        num = self.stop - self.start
-        bits = np.random.SFC64(key).random_raw(-(-num // 4))
-        return torch.from_numpy(bits.astype("<u8", copy=False).view(np.int16))[:num]
+        key = hashlib.blake2b(f"{seed}/{ingredient}/{self.plan.name}".encode(), digest_size=16).digest()
+        first, last = self.start // 4, -(-self.stop // 4)  # four values in each number of 64 bits
+        numbers = np.random.PCG64DXSM(int.from_bytes(key, "little")).advance(first).random_raw(last - first)
+        values = torch.from_numpy(numbers.astype("<u8", copy=False).view(np.int16))
+        return values[self.start - 4 * first : self.stop - 4 * first]
 
 
 def _round_once(x: Tensor, dtype: torch.dtype) -> Tensor:

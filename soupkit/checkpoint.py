@@ -17,8 +17,6 @@ from soupkit.files import read_bytes, read_json, require_own_file
 from soupkit.heads import TIES, embedding_of, is_head, setting, with_setting
 from soupkit.lora import fold, is_adapter, read_adapter
 from soupkit.pickled import PickledTensor, read_pickle
-from soupkit.safetensors_format import DTYPES as DTYPES
-from soupkit.safetensors_format import StoredTensor as StoredTensor
 from soupkit.safetensors_format import read_header
 from soupkit.sources import FLOAT8_DTYPES, TensorSource
 

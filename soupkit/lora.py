@@ -102,10 +102,9 @@ class FoldedTensor:
         with self.base.open() as read_base:
 
             def read(start: int, stop: int) -> Tensor:
-                block = read_base(start, stop).to(dtype, copy=True)
                 first = start // width
                 delta = left[first : -(-stop // width)] @ right
-                return block.add_(delta.view(-1)[start - first * width : stop - first * width])
+                return read_base(start, stop).to(dtype) + delta.view(-1)[start - first * width : stop - first * width]
 
             yield read
 

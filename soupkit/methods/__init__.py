@@ -47,7 +47,7 @@ _BREADCRUMBS = "Davari & Belilovsky 2023, Model breadcrumbs, https://arxiv.org/a
 _RANDOM = (
     "the keep probability is a multiple of 2⁻¹⁶; random numbers are a function of seed, tensor name, model and position"
 )
-_RANKS = "; ranks are by magnitudes to 5 bits (equal ones share the mean rank), which is what makes it fast"
+_RANKS = "; ranks are by magnitudes to 5 bits down to 2⁻¹⁶ of a row's largest (equal ones share the mean rank)"
 _SIGNS = "; the sign is elected by the weighted sum, + where it is 0"
 
 METHODS: dict[str, Method] = {
@@ -92,8 +92,8 @@ METHODS: dict[str, Method] = {
     ),
     "multislerp": Method(
         spherical.multislerp,
-        summary="weighted mean on the sphere of any number of models, by one step in the tangent space",
-        formula="exp_m(Σ wᵢ log-like (uᵢ − (uᵢ·m) m)) Σ wᵢ ‖xᵢ‖, with uᵢ = xᵢ / ‖xᵢ‖ and m their normalised mean",
+        summary="weighted mean of the directions of any number of models, with their weighted mean norm",
+        formula="m Σ wᵢ ‖xᵢ‖ / ‖m‖, with m = Σ wᵢ xᵢ / ‖xᵢ‖; with a base, of x − base, and the base added",
         paper="Goddard 2025, Multi-SLERP, https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
         departures="where the directions cancel, the weighted sum is taken, for any number of models",
         parameters={
@@ -132,6 +132,7 @@ METHODS: dict[str, Method] = {
         departures="weights; values that equal the threshold are all kept" + _SIGNS,
         parameters=_TRIM | {"normalize": _normalize(True)},
         base="required",
+        shows_non_finite=False,
         survey=task_vectors.survey_magnitudes,
     ),
     "dare_linear": Method(
@@ -182,6 +183,7 @@ METHODS: dict[str, Method] = {
         departures="weights; values that equal a threshold are all kept; fewer outliers go where density asks for more",
         parameters=_TRIM | {"gamma": _GAMMA, "normalize": _normalize(False)},
         base="required",
+        shows_non_finite=False,
         survey=task_vectors.survey_breadcrumbs,
     ),
     "breadcrumbs_ties": Method(
@@ -192,6 +194,7 @@ METHODS: dict[str, Method] = {
         departures="as breadcrumbs" + _SIGNS,
         parameters=_TRIM | {"gamma": _GAMMA, "normalize": _normalize(False)},
         base="required",
+        shows_non_finite=False,
         survey=task_vectors.survey_breadcrumbs,
     ),
     "sce": Method(
@@ -256,6 +259,7 @@ METHODS: dict[str, Method] = {
         departures="the weighted average where no model has any information",
         parameters={"weight": Parameter("of each model", default=1.0, per_ingredient=True, low=0)},
         needs_fishers=True,
+        shows_non_finite=False,
         check=averages.check_fisher,
     ),
     "ema": Method(
@@ -272,6 +276,7 @@ METHODS: dict[str, Method] = {
         formula="Σ xᵢ / k, over the last k",
         paper="Kaddour 2022, Stop wasting my time!, https://arxiv.org/abs/2209.14981",
         parameters={"last": Parameter("how many checkpoints; all by default", int, low=1)},
+        shows_non_finite=False,
     ),
 }
 

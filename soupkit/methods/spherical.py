@@ -90,31 +90,21 @@ def _arc_coefficients(products: Tensor, t: float) -> Tensor:
 
 
 def multislerp(blocks: Blocks, weight: Sequence[float], normalize_weights: bool, eps: float, gram: Tensor) -> Tensor:
-    """One step of the weighted mean on the sphere: in the tangent space at the normalised weighted mean, and back.
+    """The normalised weighted mean of the directions uᵢ = xᵢ / (‖xᵢ‖ + ε), times the weighted mean norm Σ wᵢ ‖xᵢ‖.
 
-    With uᵢ = xᵢ / (‖xᵢ‖ + ε), m ∝ Σ wᵢ uᵢ of norm 1 and τ = Σ wᵢ (uᵢ − (uᵢ·m) m): the result is
-    (cos ‖τ‖ m + sin ‖τ‖ τ / ‖τ‖) Σ wᵢ ‖xᵢ‖. With a base the xᵢ are task vectors and the base is added.
+    The method is told as a step in the tangent space at that mean; the step Σ wᵢ (uᵢ − (uᵢ·m) m) is 0 for m ∝ Σ wᵢ uᵢ.
+    With a base the xᵢ are task vectors and the base is added.
     """
     if len(blocks.ingredients) == 1:
         return blocks.ingredients[0].clone()
     weights = torch.tensor(normalised(weight) if normalize_weights else list(weight), dtype=torch.float64)
-    coefficients = _multislerp_coefficients(gram, weights, eps).tolist()
-    combined = weighted_sum(blocks.directions, coefficients)
-    return combined if blocks.base is None else combined + blocks.base
-
-
-def _multislerp_coefficients(gram: Tensor, weights: Tensor, eps: float) -> Tensor:
     norms = gram.diagonal().sqrt()
-    per_unit = 1 / (norms + eps)  # coefficient of xᵢ in uᵢ
-    mean = weights * per_unit
+    mean = weights / (norms + eps)
     length = _length(mean, gram)
-    if not length >= eps:  # zero, or opposite vectors that cancel: no direction to go
-        return weights
-    mean = mean / length
-    dots = per_unit * (gram @ mean)
-    tangent = weights * per_unit - (weights * dots).sum() * mean
-    angle = _length(tangent, gram) + eps
-    return (angle.cos() * mean + angle.sin() / angle * tangent) * (norms * weights).sum()
+    # Opposite vectors cancel: there is no direction to go, and the weighted sum is taken.
+    coefficients = mean / length * (norms * weights).sum() if length >= eps else weights
+    combined = weighted_sum(blocks.directions, coefficients.tolist())
+    return combined if blocks.base is None else combined + blocks.base
 
 
 def karcher(blocks: Blocks, max_iter: int, tol: float, gram: Tensor) -> Tensor:
@@ -129,7 +119,7 @@ def karcher(blocks: Blocks, max_iter: int, tol: float, gram: Tensor) -> Tensor:
 
 def _karcher_coefficients(gram: Tensor, max_iter: int, tol: float) -> Tensor:
     norms = gram.diagonal().sqrt()
-    used = norms > tol
+    used = norms > 0
     if not used.any():
         return torch.zeros_like(norms)
     share = used.double() / used.sum()

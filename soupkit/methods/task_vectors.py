@@ -124,15 +124,10 @@ def della_magprune(
     for index, (delta, wanted, spread) in enumerate(zip(kept, density, epsilon, strict=True)):
         if wanted >= 1:
             continue
-        cut = (
-            _keep_probabilities(delta, wanted, spread if wanted else 0.0)
-            .mul_(RANDOM_VALUES)
-            .round_()
-            .clamp_(0, RANDOM_VALUES)
-        )
-        delta *= _below(blocks.random(index).view(delta.shape).to(delta.dtype), cut)
+        cuts = _keep_cuts(delta, wanted, spread if wanted else 0.0)
+        delta *= _below(blocks.random(index).view(delta.shape).to(delta.dtype), cuts)
         if rescale:
-            delta *= RANDOM_VALUES / cut.clamp_(min=1)
+            delta /= cuts.mul_(1 / RANDOM_VALUES).clamp_(min=1 / RANDOM_VALUES)
     return _add(blocks, kept, weight, normalize, lambda_, consensus)
 
 
@@ -174,7 +169,7 @@ def survey_sce(whole: Whole, select_topk: float) -> dict[str, Any]:
 def sce(blocks: Blocks, least: float, weight: Sequence[float], select_topk: float) -> Tensor:
     """Select the positions that vary most, weigh models by energy there, and average those of the elected sign."""
     selected = _selected(blocks, least)
-    elected = weighted_sum(selected, [1.0] * len(selected))
+    elected = sum(selected[1:], selected[0])
     return blocks.origin + _agreeing([d * w for d, w in zip(selected, weight, strict=True)], weight, elected, True)
 
 
@@ -257,29 +252,32 @@ def _below(random: Tensor, cut: float | Tensor) -> Tensor:
     return random.neg_().add_(cut - RANDOM_VALUES / 2).clamp_(0, 1)
 
 
-def _keep_probabilities(delta: Tensor, density: float, epsilon: float) -> Tensor:
-    """density − ε + 2 ε rank / (C − 1) for the magnitudes of each row. delta: [R, C]; result: [R, C].
+def _keep_cuts(delta: Tensor, density: float, epsilon: float) -> Tensor:
+    """2¹⁶ (density − ε + 2 ε rank / (C − 1)), rounded, for the magnitudes of each row. delta: [R, C]; result: [R, C].
 
     Ranks come from a histogram of each row's magnitudes instead of a sort, which would cost more than all else:
     magnitudes that agree to 5 bits, or lie 16 octaves below the row's largest, share the mean of their ranks.
     """
     num_rows, num_columns = delta.shape
-    if num_columns == 1:
-        return torch.full_like(delta, density)
-    keys = (delta.abs().float().view(torch.int32) >> (23 - RANK_BITS)).cpu().numpy().astype(np.int64)
-    keys -= keys.max(axis=1, keepdims=True) - (RANK_BINS - 1)
-    np.maximum(keys, 0, out=keys)
-    keys += RANK_BINS * np.arange(num_rows)[:, None]
-    counts = np.bincount(keys.ravel(), minlength=num_rows * RANK_BINS).reshape(num_rows, RANK_BINS)
-    mean_ranks = counts.cumsum(axis=1) - (counts + 1) / 2
-    table = (density - epsilon + 2 * epsilon / (num_columns - 1) * mean_ranks).astype(np.float32)
-    return torch.from_numpy(table.ravel().take(keys)).to(delta)
+    keys = delta.abs().float().view(torch.int32) >> (23 - RANK_BITS)
+    first_bins = RANK_BINS * torch.arange(num_rows, dtype=torch.int32, device=delta.device)[:, None]
+    lowest = keys.amax(dim=1, keepdim=True) - (RANK_BINS - 1)
+    keys = torch.maximum(keys - (lowest - first_bins), first_bins).view(-1)
+    counts = torch.bincount(keys, minlength=num_rows * RANK_BINS).view(num_rows, RANK_BINS)
+    mean_ranks = counts.cumsum(dim=1) - (counts + 1).double() / 2
+    least, spread = (density - epsilon, 2 * epsilon / (num_columns - 1)) if num_columns > 1 else (density, 0.0)
+    cuts = (RANDOM_VALUES * (least + spread * mean_ranks)).round_().clamp_(0, RANDOM_VALUES)
+    return cuts.to(delta.dtype).view(-1).index_select(0, keys).view_as(delta)
 
 
 def _variance(deltas: Sequence[Tensor]) -> Tensor:
-    """The population variance over the ingredients at each position."""
-    mean = weighted_sum(deltas, [1 / len(deltas)] * len(deltas))
-    return weighted_sum([(d - mean).square_() for d in deltas], [1 / len(deltas)] * len(deltas))
+    """n² times the population variance over the n ingredients at each position, n Σ dᵢ² − (Σ dᵢ)², in float64.
+
+    In this form it is exact for 16-bit ingredients, so that equal variances stay equal.
+    """
+    wide = [d.double() for d in deltas]
+    total = sum(wide[1:], wide[0])
+    return (len(wide) * weighted_sum([d * d for d in wide], [1.0] * len(wide)) - total * total).clamp_(min=0)
 
 
 def _selected(blocks: Blocks, least: float) -> list[Tensor]:
@@ -288,7 +286,7 @@ def _selected(blocks: Blocks, least: float) -> list[Tensor]:
     if least > 0:
         variance = _variance(deltas)
         mask = hardshrink(variance, _just_below(least, variance)).sign_()
-        deltas = [d.mul_(mask) for d in deltas]
+        deltas = [d * mask.to(d.dtype) for d in deltas]
     return deltas
 
 
@@ -311,11 +309,11 @@ def _add(
     consensus: bool,
     factors: Sequence[float] | None = None,
 ) -> Tensor:
-    """base + λ times the weighted sum of the deltas, or of those that agree with the elected sign."""
+    """base + λ times the weighted sum of the deltas, or of those with the elected sign. Reuses the deltas."""
     scales = [w * f for w, f in zip(weight, factors or [1.0] * len(weight), strict=True)]
     if consensus:
-        weighted = [d * scale for d, scale in zip(deltas, scales, strict=True)]
-        total = _agreeing(weighted, weight, weighted_sum(weighted, [1.0] * len(weighted)), normalize)
+        weighted = [d if scale == 1 else d.mul_(scale) for d, scale in zip(deltas, scales, strict=True)]
+        total = _agreeing(weighted, weight, sum(weighted[1:], weighted[0]), normalize)
     else:
         sum_of_weights = math.fsum(weight)
         total = weighted_sum(deltas, scales)
@@ -335,7 +333,8 @@ def _agreeing(weighted: Sequence[Tensor], weight: Sequence[float], elected: Tens
         agreeing = (x * sign).relu_()
         total += agreeing
         if normalize and w:
-            divisor += agreeing.sign_().mul_(w)
+            voters = agreeing.sign_()
+            divisor += voters if w == 1 else voters.mul_(w)
     if normalize:
         positive = [w for w in weight if w > 0]
         # With no negative weight a divisor is 0, where the total is 0 too, or at least the smallest weight.
