@@ -50,7 +50,7 @@ MEMORY_GOAL, RESIDENT_GOAL = 300 * MB, 1000 * MB
 IMPORT_GOAL = 0.3  # seconds beyond ``import torch``
 CHECK_GOAL = 1.05  # time with the check for NaN over the time without
 
-MEASURED = ("floor", "floor_fsync", "import", "soupkit", "soupkit_unsynced", "mergekit")
+MEASURED = ("floor", "floor_fsync", "import", "soupkit", "soupkit_sync", "mergekit")
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 Record = dict[str, Any]
@@ -298,15 +298,13 @@ def _copy_file(path: Path, target: Path | None, buffer: memoryview, fsync: bool)
 
 
 def launch(options: argparse.Namespace) -> None:
-    """A merge with a part of soupkit switched off, run as a child: print the time of the merge without imports."""
+    """A merge, run as a child: print its time without imports."""
     import soupkit.__main__
 
     if options.unchecked:
         switch_off_non_finite_check()
-    if options.unsynced:
-        os.fsync = lambda fd: None
     started = time.perf_counter()
-    code = soupkit.__main__.main(_soupkit_arguments(options.recipe, options.output))
+    code = soupkit.__main__.main([*_soupkit_arguments(options.recipe, options.output), *["--sync"][: options.sync]])
     print(json.dumps({"seconds": time.perf_counter() - started}))
     if code:
         raise ValueError(f"the merge ended with code {code}")
@@ -366,7 +364,7 @@ def _round(
             "floor_fsync": [*floor, "--fsync"],
             "import": [*python, "-c", "import soupkit"],
             "soupkit": [*python, "-m", "soupkit", *_soupkit_arguments(recipe, output)],
-            "soupkit_unsynced": [*python, THIS, "launch", recipe, "--output", output, "--unsynced"],
+            "soupkit_sync": [*python, THIS, "launch", recipe, "--output", output, "--sync"],
         }
         if mergekit_python:
             options = ["--no-copy-tokenizer", "--random-seed", "0", "--quiet"]
@@ -477,8 +475,7 @@ def _pair(name: str, inputs: Sequence[Path], index: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix=".benchmark-", dir=inputs[0].parent) as scratch:
         output, recipe = Path(scratch) / "output", Path(scratch) / "recipe.yaml"
         _write_json(recipe, _recipe(CASES[name], inputs))
-        # Waiting for the disk is the same with and without, and only hides the difference: no fsync.
-        command: list[str | Path] = [sys.executable, THIS, "launch", recipe, "--output", output, "--unsynced"]
+        command: list[str | Path] = [sys.executable, THIS, "launch", recipe, "--output", output]
         commands = {"checked": command, "unchecked": [*command, "--unchecked"]}
         seconds = {}
         for what in ("checked", "unchecked") if index % 2 else ("unchecked", "checked"):
@@ -510,8 +507,7 @@ def summary(rounds: Sequence[Mapping[str, Record]]) -> Record:
     ]
     ratios = {
         "floor": ("after_imports", "floor"),
-        "floor_fsync": ("after_imports", "floor_fsync"),
-        "unsynced": ("soupkit_unsynced", "floor"),
+        "sync": ("soupkit_sync", "floor_fsync"),
         "process_floor": ("soupkit", "floor"),
         "mergekit": ("mergekit", "soupkit"),
     }
@@ -677,14 +673,14 @@ def _ratio_table(cases: Mapping[str, Record]) -> list[str]:
         # A merge that is lost in the spread of the imports has not been measured.
         goal_text = _goal(floor["median"], case.floor_goal, at_most=True) if floor["min"] > 0 else "too short to tell"
         row = [name, _of(floor), goal_text]
-        row += [_of(ratios["unsynced"]), _of(ratios["floor_fsync"]), _of(ratios["process_floor"])]
+        row += [_of(ratios["sync"]), _of(ratios["process_floor"])]
         if "mergekit" in ratios:
             goal = case.mergekit_goal
             row += [_of(ratios["mergekit"]), "" if goal is None else _goal(ratios["mergekit"]["median"], goal)]
         else:
             row += ["", ""]
         rows.append(row)
-    head = ["merge", "× floor", "goal", "both without fsync", "both with fsync", "whole process × floor"]
+    head = ["merge", "× floor", "goal", "both with fsync", "whole process × floor"]
     return markdown([*head, "mergekit ÷ soupkit", "goal"], rows)
 
 
@@ -694,7 +690,7 @@ def _time_table(cases: Mapping[str, Record]) -> list[str]:
         "floor_fsync": "floor + fsync",
         "soupkit": "soupkit",
         "import": "of it import",
-        "soupkit_unsynced": "merge without fsync",
+        "soupkit_sync": "merge with --sync",
         "mergekit": "mergekit",
     }
     rows = [
@@ -808,7 +804,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "launch", launch, "(a child of run and nonfinite) one merge, timed inside")
     command.add_argument("recipe", type=Path)
     command.add_argument("--output", type=Path, required=True)
-    command.add_argument("--unsynced", action="store_true", help="do not wait until the soup is on disk")
+    command.add_argument("--sync", action="store_true", help="wait until the soup is on disk")
     command.add_argument("--unchecked", action="store_true", help="do not look for NaN and infinite values")
     return parser
 

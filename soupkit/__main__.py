@@ -145,6 +145,7 @@ def _add_merge_options(command: argparse.ArgumentParser, out: str = "folder to w
     command.add_argument("--allow-nonfinite", action="store_true", help="go on where a model holds NaN or inf")
     command.add_argument("--allow-pickle", action="store_true", help="read weights, nothing else, from .bin files")
     command.add_argument("--hash", choices=ALGORITHMS, default=DEFAULT, help=f"for soup.json (default: {DEFAULT})")
+    command.add_argument("--sync", action="store_true", help="wait until the disk has it all, against a power cut")
     command.add_argument("--device", default="cpu", help="where to compute, such as cuda (default: cpu)")
     command.add_argument("--threads", type=int, metavar="N", help="default: one for each core")
     command.add_argument("--quiet", action="store_true", help="show no progress bar")
@@ -164,6 +165,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         "allow_nonfinite": arguments.allow_nonfinite,
         "allow_pickle": arguments.allow_pickle,
         "hash": arguments.hash,
+        "sync": arguments.sync,
         "device": arguments.device,
         "num_threads": arguments.threads,
         "progress": not arguments.quiet,

@@ -30,6 +30,7 @@ class Options(TypedDict, total=False):
     allow_nonfinite: bool
     allow_pickle: bool
     hash: str
+    sync: bool
     device: torch.device | str
     num_threads: int | None
     progress: bool
@@ -63,6 +64,8 @@ def merge(
             counted in ``soup.json`` and in a warning. By default they are an error.
         allow_pickle: read weights, and nothing but weights, from ``pytorch_model.bin`` where there is no safetensors.
         hash: "xxh3_128" (fast) or "sha256" (as hubs show it), for ``soup.json``.
+        sync: wait until the disk has all of ``out`` before it appears, against a power cut. By default it appears once
+            all is written, as copied files do, and the system brings it to the disk within seconds.
         device: where folders are merged, such as "cuda".
         num_threads: None is one for each core. The result does not depend on it.
         progress: show a progress bar on stderr (folders only).
@@ -218,6 +221,7 @@ def _merge(recipes: Sequence[Recipe], outs: Sequence[Path] | None, options: Opti
             overwrite=options.get("overwrite", False),
             max_shard_size=parse_size(options.get("max_shard_size")),
             hash=check_algorithm(options.get("hash", DEFAULT)),
+            sync=options.get("sync", False),
         )
         plan = plan_folders(recipes, folder_options)
         if outs is None:

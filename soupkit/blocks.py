@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from soupkit.planning import TensorPlan, name_list
 from soupkit.sources import FLOAT8_DTYPES, Reader
 
 # Elements per block: a few blocks in the working precision fit the cache of one core, and Python's share is small.
-BLOCK = 2**17
+BLOCK = 2**18
 # Rounding to these can overflow where the wider sum was finite, so the check looks at the rounded numbers.
 NARROW = {torch.float16, torch.float32, *FLOAT8_DTYPES}
 
@@ -97,9 +98,11 @@ def merged_blocks(
         return
     whole = _WholeTensor(plan, method, readers, non_finite, torch.device(device))
     variants = whole.surveyed_variants()
-    for first, last in whole.spans(start, stop):
-        blocks = whole.read(first, last)
-        yield first, [whole.finish(blocks, method.function(blocks, **keywords)) for keywords in variants]
+    for span in whole.spans(start, stop):
+        blocks = whole.admit(span, whole.read(*span))
+        copies = [blocks.copy() for _ in variants[1:]]
+        soups = [method.function(b, **keywords) for b, keywords in zip([*copies, blocks], variants, strict=True)]
+        yield span[0], [whole.finish(span, soup) for soup in soups]
 
 
 def require_equal(plan: TensorPlan, readers: Readers) -> None:
@@ -173,8 +176,8 @@ class _WholeTensor:
     def total(self, function: Callable[[Blocks], Tensor]) -> Tensor:
         """Σ function(blocks) over all blocks, in order, in float64 on the CPU."""
         total: Tensor | None = None
-        for start, stop in self.spans():
-            part = function(self._checked(self.read(start, stop))).double().cpu()
+        for span in self.spans():
+            part = function(self._clean(span, self.read(*span))).double().cpu()
             total = part if total is None else total + part
         assert total is not None  # a tensor without elements is not surveyed
         return total
@@ -185,37 +188,46 @@ class _WholeTensor:
         """The exact values at 0-based ``ranks`` of each quantity in ascending order."""
 
         def scan(stride: int) -> Iterator[list[np.ndarray]]:
-            for start, stop in self.spans():
-                blocks = self.read(start, stop, 1 if rowwise else stride)
-                quantities = function(self._checked(blocks) if stride == 1 else blocks)
+            for span in self.spans():
+                blocks = self.read(*span, 1 if rowwise else stride)
+                quantities = function(self._clean(span, blocks) if stride == 1 else blocks)
                 yield [x.flatten()[:: stride if rowwise else 1].cpu().numpy() for x in quantities]
 
         return order_statistics(scan, self.num_elements, ranks)
 
-    def finish(self, blocks: Blocks, soup: Tensor) -> Tensor:
+    def admit(self, span: tuple[int, int], blocks: Blocks) -> Blocks:
+        """The blocks, after a look at models whose values that are not finite might not show in the soup."""
+        hidden = not (self.method.shows_non_finite or self.surveyed)
+        if hidden and not self.non_finite.allowed and not _sums_are_finite(self._models(blocks)):
+            self._examine(span, None)
+        return blocks
+
+    def finish(self, span: tuple[int, int], soup: Tensor) -> Tensor:
         """The soup's block rounded to its dtype, after a look for values that are not finite."""
         rounded = _round_once(soup.flatten(), self.plan.dtype)
         # A float32 sum that is finite is finite in bfloat16 too, but for the last half unit of its range.
         narrowed = self.plan.dtype in NARROW or soup.dtype == torch.float64
         watched = rounded.float() if narrowed and self.plan.dtype != torch.float64 else soup
-        suspects = [watched]
-        if not (self.method.shows_non_finite or self.surveyed) or (self.non_finite.allowed and self.method.survey):
-            suspects += self._models(blocks)
-        if not _sums_are_finite(suspects):
-            self.non_finite.examine(self.plan, self.readers.labels, self._models(blocks), rounded)
+        if self.non_finite.allowed or not _sums_are_finite([watched]):
+            self._examine(span, rounded)
         return rounded.cpu()
 
-    def _checked(self, blocks: Blocks) -> Blocks:
+    def _clean(self, span: tuple[int, int], blocks: Blocks) -> Blocks:
         """For a survey: finite values only. Where others are allowed they count as 0, so that they stay in place."""
         self.surveyed = True
-        if _sums_are_finite(self._models(blocks)):
+        models = self._models(blocks)
+        if _sums_are_finite(models):
             return blocks
         if not self.non_finite.allowed:
-            self.non_finite.examine(self.plan, self.readers.labels, self._models(blocks), None)
-        clean = [block.nan_to_num(0, 0, 0) for block in self._models(blocks)]
-        n = self.num_ingredients
-        base = clean[n] if self.has_base else None
-        return Blocks(clean[:n], base, clean[n + self.has_base :], blocks.shape, blocks.random)
+            self._examine(span, None)
+        for block in models:
+            block.nan_to_num_(0, 0, 0)
+        return blocks
+
+    def _examine(self, span: tuple[int, int], soup: Tensor | None) -> None:
+        """Count what is not finite, in the models as they are read again: methods overwrite their blocks."""
+        models = self._models(self.read(*span))
+        self.non_finite.examine(self.plan, self.readers.labels, models, soup)
 
     def _models(self, blocks: Blocks) -> list[Tensor]:
         return [*blocks.ingredients, *([] if blocks.base is None else [blocks.base]), *blocks.fishers]
@@ -231,12 +243,12 @@ class _Loader:
         self.device, self.dtype = device, dtype
 
     def __call__(self, block: Tensor, stride: int) -> Tensor:
-        block = block[::stride]
+        block = block[::stride] if stride > 1 else block
         if self.device.type == "cuda" and block.device.type == "cpu":
             # The staging memory is handed back to torch's pool, which waits for the copy before it gives it out again.
             staged = torch.empty(block.shape, dtype=block.dtype, pin_memory=True).copy_(block)
-            return staged.to(self.device, non_blocking=True).to(self.dtype)
-        return block.to(self.device, self.dtype)
+            return staged.to(self.device, non_blocking=True).to(self.dtype, copy=True)
+        return block.to(self.device, self.dtype, copy=True)
 
 
 @dataclass(frozen=True)
@@ -274,7 +286,7 @@ def _round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _sums_are_finite(blocks: Sequence[Tensor]) -> bool:
     """False where any value is NaN or infinite, and where a sum merely overflows: one pass, and no false comfort."""
-    return all(bool(block.sum().isfinite()) for block in blocks)
+    return all(math.isfinite(block.sum().item()) for block in blocks)
 
 
 def _num_non_finite(block: Tensor) -> int:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from threading import Event, Lock
 
 import torch
@@ -98,7 +99,7 @@ def tensor_tasks(
         if last:
             done()
 
-    return [lambda start=start: task(start) for start in starts]  # type: ignore[misc]
+    return [partial(task, start) for start in starts]
 
 
 def run(tasks: Sequence[Task], num_threads: int, progress: Progress) -> None:

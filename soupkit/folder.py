@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class FolderOptions:
     overwrite: bool
     max_shard_size: int | None
     hash: str
+    sync: bool
 
 
 @dataclass(frozen=True)
@@ -154,18 +156,18 @@ def merge_into_folders(plan: FolderPlan, outs: Sequence[Path], options: FolderOp
     shards = _shards(plan, options.max_shard_size)
     non_finite = NonFinite(options.allow_nonfinite)
     with ExitStack() as stack:
-        partials = [stack.enter_context(published_folder(out, options.overwrite)) for out in outs]
+        partials = [stack.enter_context(published_folder(out, options.overwrite, sync=options.sync)) for out in outs]
         written = {
-            name: [stack.enter_context(_Shard(partial / name, tensors).open()) for partial in partials]
+            name: [stack.enter_context(_Shard(folder / name, tensors).open()) for folder in partials]
             for name, tensors in shards.items()
         }
         with Progress(plan.num_bytes, plan.recipes[0].method, options.progress).shown() as progress:
             hashes = _stream(plan, shards, written, non_finite, progress, options)
-        for recipe, partial in zip(plan.recipes, partials, strict=True):
-            _write_companions(plan, partial)
+        for recipe, folder in zip(plan.recipes, partials, strict=True):
+            _write_companions(plan, folder)
             if len(shards) > 1:
-                _write_index(partial, shards)
-            _write_record(plan, recipe, partial, hashes, non_finite, options.hash)
+                _write_index(folder, shards)
+            _write_record(plan, recipe, folder, hashes, non_finite, options.hash)
     non_finite.warn()
     return outs
 
@@ -218,11 +220,16 @@ class _Shard:
             os.close(self.descriptor)
 
     def write(self, tensor: TensorPlan, position: int, block: Tensor) -> None:
-        """Put elements of a tensor in their place; the disk may begin with them at once."""
-        data = block.view(torch.uint8).numpy().data
-        offset = len(self.header) + self.offsets[tensor.name] + position * tensor.dtype.itemsize
-        _write_all(self.descriptor, data, offset)
-        write_back(self.descriptor, offset, len(data))
+        """Put elements of a tensor in their place."""
+        offset = self._offset(tensor) + position * tensor.dtype.itemsize
+        _write_all(self.descriptor, block.view(torch.uint8).numpy().data, offset)
+
+    def complete(self, tensor: TensorPlan) -> None:
+        """All of the tensor is written: the disk may begin with it."""
+        write_back(self.descriptor, self._offset(tensor), tensor.num_bytes)
+
+    def _offset(self, tensor: TensorPlan) -> int:
+        return len(self.header) + self.offsets[tensor.name]
 
 
 def _stream(
@@ -243,8 +250,10 @@ def _stream(
     for name, tensors in shards.items():
         left = {tensor.name for tensor in tensors}
 
-        def finish(tensor: str, left: set[str] = left, files: Sequence[_Shard] = written[name]) -> None:
-            left.remove(tensor)
+        def finish(tensor: TensorPlan, left: set[str] = left, files: Sequence[_Shard] = written[name]) -> None:
+            for shard in files:
+                shard.complete(tensor)
+            left.remove(tensor.name)
             if not left:  # hashed while its pages are warm, and while other threads go on with the next shard
                 for shard in files:
                     hashed(shard.path)
@@ -267,11 +276,11 @@ def _stream(
                 non_finite,
                 progress,
                 options,
-                lambda f=finish, n=tensor.name: f(n),  # type: ignore[misc]
+                partial(finish, tensor),
             )
     # Last, as small pieces of work that keep all threads busy to the end.
     files = dict.fromkeys(path for checkpoint in plan.checkpoints for path in checkpoint.files)
-    tasks += [lambda path=path: hashed(path) for path in files]  # type: ignore[misc]
+    tasks += [partial(hashed, path) for path in files]
     run(tasks, options.num_threads, progress)
     return hashes
 

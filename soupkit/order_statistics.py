@@ -19,7 +19,7 @@ Values = NDArray[np.floating]
 # scan(stride): the quantities, block by block, of every stride-th element.
 Scan = Callable[[int], Iterator[Sequence[Values]]]
 
-SAMPLE = 2**17  # values in a sample; so few are simply sorted
+SAMPLE = 2**15  # values in a sample; so few are simply sorted
 COLLECTED = 2**20  # values that a pass may collect per question
 
 

@@ -27,12 +27,13 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def published_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+def published_folder(out: Path, overwrite: bool, *, sync: bool = True) -> Iterator[Path]:
     """Give a temporary folder beside ``out`` to fill; it becomes ``out`` when the block ends without an exception.
 
     The temporary folder is called ``.NAME.partial-HOST-PID``. One left by a process that was killed is removed by the
     next run for the same ``out``. A folder that is replaced stays whole until its successor is complete: where the
-    system can swap two folders (Linux) there is no moment without one at ``out``.
+    system can swap two folders (Linux) there is no moment without one at ``out``. With ``sync`` all bytes are on the
+    disk before the folder becomes ``out``, against a power cut; without, the system writes them in its own time.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.partial-{platform.node()}-"
@@ -41,21 +42,18 @@ def published_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for path in partial.iterdir():
+        for path in [*partial.iterdir(), partial] if sync else []:
             _sync(path)
-        _sync(partial)
         check_output(out, overwrite)  # it may have appeared in the meantime
         _move_into_place(partial, out)
-        _sync(out.parent)
+        if sync:
+            _sync(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # what failed, or what was replaced
 
 
 def write_back(descriptor: int, offset: int, num_bytes: int) -> None:
-    """Let the disk begin with these bytes now (Linux), so that little is left to wait for when the folder is published.
-
-    A hint: it does not wait, and errors show in the fsync before the folder is published.
-    """
+    """Let the disk begin with these bytes now, without waiting (Linux), so that little is left to do at the end."""
     if _SYNC_FILE_RANGE is not None:
         _SYNC_FILE_RANGE(descriptor, ctypes.c_int64(offset), ctypes.c_int64(num_bytes), 2)  # SYNC_FILE_RANGE_WRITE
 

@@ -114,8 +114,8 @@ def multislerp(
         return origin + sum(w * x for w, x in zip(weights, vectors, strict=True))
     mean = mean / length(mean)
     tangent = sum(w * (u - np.sum(u * mean) * mean) for w, u in zip(weights, units, strict=True))
-    step = length(tangent) + eps
-    direction = np.cos(step) * mean + np.sin(step) / step * tangent
+    step = length(tangent)
+    direction = np.cos(step) * mean + np.sinc(step / np.pi) * tangent
     return origin + np.dot(weights, lengths) * direction
 
 

@@ -18,10 +18,10 @@ from soupkit.methods.row import Blocks
 
 
 def weighted_sum(blocks: Sequence[Tensor], weights: Sequence[float] | Tensor) -> Tensor:
-    """Σᵢ wᵢ xᵢ. Blocks: n of shape [N] or [R, C]; weights: n numbers, or tensors that broadcast to a block."""
-    total = blocks[0] * weights[0]
+    """Σᵢ wᵢ xᵢ, in the place of the blocks. n blocks [N] or [R, C]; n numbers, or tensors that broadcast to a block."""
+    total = blocks[0].mul_(weights[0])
     for block, weight in zip(blocks[1:], weights[1:], strict=True):
-        total += block * weight
+        total.add_(block.mul_(weight))
     return total
 
 
@@ -66,12 +66,13 @@ def lawa(blocks: Blocks, last: int | None) -> Tensor:
 
 def fisher(blocks: Blocks, weight: Sequence[float]) -> Tensor:
     """Fisher-weighted average Σᵢ wᵢ Fᵢ xᵢ / Σᵢ wᵢ Fᵢ; the weighted average where no ingredient has any information."""
-    precisions = [f * w for f, w in zip(blocks.fishers, weight, strict=True)]
-    information = weighted_sum(precisions, [1.0] * len(precisions))
-    mean = weighted_sum([p * x for p, x in zip(precisions, blocks.ingredients, strict=True)], [1.0] * len(precisions))
-    return torch.where(information > 0, mean / information, weighted_sum(blocks.ingredients, normalised(weight)))
+    precisions = [f.mul_(w) for f, w in zip(blocks.fishers, weight, strict=True)]
+    information = sum(precisions[1:], precisions[0])
+    products = [p * x for p, x in zip(precisions, blocks.ingredients, strict=True)]
+    mean = sum(products[1:], products[0]) / information
+    return torch.where(information > 0, mean, weighted_sum(blocks.ingredients, normalised(weight)))
 
 
 def passthrough(blocks: Blocks, scale: Sequence[float]) -> Tensor:
     """One model, scaled: s x."""
-    return blocks.ingredients[0] * scale[0]
+    return blocks.ingredients[0].mul_(scale[0])

@@ -1,15 +1,15 @@
 """What a row of the table of methods consists of, and what a method gets to see.
 
-A method sees the same block of every model, already in the working precision, and gives the soup's block without
-changing its input. What it must know of the whole tensors (dot products, thresholds) it asks for beforehand, in its
-``survey``: each question is one pass over the tensor, block by block, so no method ever holds a whole tensor.
+A method sees the same block of every model, already in the working precision, and gives the soup's block. What it must
+know of the whole tensors (dot products, thresholds) it asks for beforehand, in its ``survey``: each question is one
+pass over the tensor, block by block, so no method ever holds a whole tensor.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from soupkit.errors import MergeError
 class Blocks:
     """The same block of every model. Each is flat, [N], or whole rows, [R, C], for methods that ask for whole rows.
 
+    The blocks are copies that the method may overwrite: memory that is in the cache already is the fastest there is.
     A row is a slice along the tensor's first dimension, flattened; a tensor of at most one dimension is one row.
     """
 
@@ -36,15 +37,23 @@ class Blocks:
         assert self.base is not None
         return self.base
 
-    @property
-    def deltas(self) -> list[Tensor]:
-        """The task vectors xᵢ − base, as new tensors."""
-        return [x - self.origin for x in self.ingredients]
+    def take_deltas(self) -> list[Tensor]:
+        """The task vectors xᵢ − base, in the place of the ingredients."""
+        return [x.sub_(self.origin) for x in self.ingredients]
 
-    @property
-    def directions(self) -> Sequence[Tensor]:
+    def take_directions(self) -> list[Tensor]:
         """The task vectors where there is a base, else the ingredients."""
-        return self.ingredients if self.base is None else self.deltas
+        return list(self.ingredients) if self.base is None else self.take_deltas()
+
+    def copy(self) -> Blocks:
+        """Blocks of its own for another use."""
+        base = None if self.base is None else self.base.clone()
+        return replace(
+            self,
+            ingredients=[x.clone() for x in self.ingredients],
+            base=base,
+            fishers=[x.clone() for x in self.fishers],
+        )
 
 
 class Whole(Protocol):

@@ -23,13 +23,13 @@ def gram_matrix(blocks: Sequence[Tensor]) -> Tensor:
     gram = torch.empty(len(wide), len(wide), dtype=torch.float64, device=wide[0].device)
     for i, x in enumerate(wide):
         for j, y in enumerate(wide[: i + 1]):
-            gram[i, j] = gram[j, i] = (x * y).sum()
+            gram[i, j] = gram[j, i] = torch.dot(x, y)
     return gram
 
 
 def survey_gram(whole: Whole, **_: Any) -> dict[str, Any]:
     """The Gram matrix of the ingredients, or of the task vectors where there is a base."""
-    return {"gram": whole.total(lambda blocks: gram_matrix(blocks.directions))}
+    return {"gram": whole.total(lambda blocks: gram_matrix(blocks.take_directions()))}
 
 
 def slerp(blocks: Blocks, t: float, gram: Tensor) -> Tensor:
@@ -50,9 +50,9 @@ def slerp(blocks: Blocks, t: float, gram: Tensor) -> Tensor:
 def survey_nuslerp(whole: Whole, nuslerp_flatten: bool, nuslerp_row_wise: bool, **_: Any) -> dict[str, Any]:
     """The dot products aa, bb, ab: of whole tensors [3], of columns [3, 1, C], or none where a block has whole rows."""
     if nuslerp_flatten or len(whole.shape) <= 1:
-        return {"products": whole.total(lambda blocks: _products(blocks.directions, None))}
+        return {"products": whole.total(lambda blocks: _products(blocks.take_directions(), None))}
     if nuslerp_row_wise:
-        return {"products": whole.total(lambda blocks: _products(blocks.directions, 0))}
+        return {"products": whole.total(lambda blocks: _products(blocks.take_directions(), 0))}
     return {"products": None}
 
 
@@ -62,7 +62,7 @@ def nuslerp(
     """Slerp with t = w₂ / (w₁ + w₂), of the models or, with a base, of the task vectors; by tensor, row or column."""
     total = sum(weight)
     t = weight[1] / total if abs(total) >= 1e-6 else 0.5
-    directions = blocks.directions
+    directions = blocks.take_directions()
     shape = directions[0].shape
     if products is None:
         directions = [x.view(-1, blocks.shape[-1]) for x in directions]
@@ -96,15 +96,15 @@ def multislerp(blocks: Blocks, weight: Sequence[float], normalize_weights: bool,
     With a base the xᵢ are task vectors and the base is added.
     """
     if len(blocks.ingredients) == 1:
-        return blocks.ingredients[0].clone()
+        return blocks.ingredients[0]
     weights = torch.tensor(normalised(weight) if normalize_weights else list(weight), dtype=torch.float64)
     norms = gram.diagonal().sqrt()
     mean = weights / (norms + eps)
     length = _length(mean, gram)
     # Opposite vectors cancel: there is no direction to go, and the weighted sum is taken.
     coefficients = mean / length * (norms * weights).sum() if length >= eps else weights
-    combined = weighted_sum(blocks.directions, coefficients.tolist())
-    return combined if blocks.base is None else combined + blocks.base
+    combined = weighted_sum(blocks.take_directions(), coefficients.tolist())
+    return combined if blocks.base is None else combined.add_(blocks.base)
 
 
 def karcher(blocks: Blocks, max_iter: int, tol: float, gram: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def karcher(blocks: Blocks, max_iter: int, tol: float, gram: Tensor) -> Tensor:
     Fixed-point iteration: μ ← exp_μ(mean of log_μ(uᵢ)), from the normalised mean, until a step is shorter than ``tol``.
     """
     if len(blocks.ingredients) == 1:
-        return blocks.ingredients[0].clone()
+        return blocks.ingredients[0]
     return weighted_sum(blocks.ingredients, _karcher_coefficients(gram, max_iter, tol).tolist())
 
 

@@ -28,7 +28,7 @@ RANK_BITS, RANK_BINS = 5, 16 * 2**5
 
 def task_arithmetic(blocks: Blocks, weight: Sequence[float], normalize: bool, lambda_: float) -> Tensor:
     """base + λ Σ wᵢ dᵢ; with ``normalize`` the sum is divided by Σ wᵢ."""
-    return _add(blocks, blocks.deltas, weight, normalize, lambda_, consensus=False)
+    return _add(blocks, blocks.take_deltas(), weight, normalize, lambda_, consensus=False)
 
 
 def survey_magnitudes(whole: Whole, density: Sequence[float], rescale: bool, **_: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def banded(
     **_: Any,
 ) -> Tensor:
     """Task vectors cut to their bands of magnitudes, then weighed and added, with sign ``consensus`` or without."""
-    kept = [_cut(d, band) for d, band in zip(blocks.deltas, bands, strict=True)]
+    kept = [_cut(d, band) for d, band in zip(blocks.take_deltas(), bands, strict=True)]
     return _add(blocks, kept, weight, normalize, lambda_, consensus, factors)
 
 
@@ -86,7 +86,7 @@ def dare(
     consensus: bool,
 ) -> Tensor:
     """Each element of dᵢ is kept with probability p = ``density``, and what is kept divided by p."""
-    kept, factors = blocks.deltas, []
+    kept, factors = blocks.take_deltas(), []
     for index, (delta, wanted) in enumerate(zip(kept, density, strict=True)):
         cut = round(wanted * RANDOM_VALUES)
         if cut < RANDOM_VALUES:
@@ -120,7 +120,7 @@ def della_magprune(
 
     p = density − ε + 2 ε rank / (C − 1), with ranks 0 … C − 1 in a row of C elements.
     """
-    kept = blocks.deltas
+    kept = blocks.take_deltas()
     for index, (delta, wanted, spread) in enumerate(zip(kept, density, epsilon, strict=True)):
         if wanted >= 1:
             continue
@@ -155,12 +155,12 @@ def survey_sce(whole: Whole, select_topk: float) -> dict[str, Any]:
     """The least variance that is selected, and each ingredient's share of the energy of what is selected."""
     least = 0.0
     if select_topk < 1:
-        num_varied = int(whole.total(lambda blocks: torch.count_nonzero(_variance(blocks.deltas))))
+        num_varied = int(whole.total(lambda blocks: torch.count_nonzero(_variance(blocks.take_deltas()))))
         selected = int(num_varied * select_topk)
         least = math.inf
         if selected:
             rank = whole.num_elements - selected
-            least = whole.order_statistics(lambda blocks: [_variance(blocks.deltas)], [[rank]])[0][0]
+            least = whole.order_statistics(lambda blocks: [_variance(blocks.take_deltas())], [[rank]])[0][0]
     energy = whole.total(lambda blocks: torch.stack([d.double().square().sum() for d in _selected(blocks, least)]))
     share = energy / energy.sum() if energy.sum() > 0 else torch.full_like(energy, 1 / len(energy))
     return {"least": least, "weight": share.tolist()}
@@ -175,12 +175,12 @@ def sce(blocks: Blocks, least: float, weight: Sequence[float], select_topk: floa
 
 def survey_model_stock(whole: Whole, filter_wise: bool) -> dict[str, Any]:
     """The Gram matrix of the task vectors, unless rows have ratios of their own."""
-    return {"gram": None if filter_wise else whole.total(lambda blocks: gram_matrix(blocks.deltas))}
+    return {"gram": None if filter_wise else whole.total(lambda blocks: gram_matrix(blocks.take_deltas()))}
 
 
 def model_stock(blocks: Blocks, filter_wise: bool, gram: Tensor | None) -> Tensor:
     """t mean(x) + (1 − t) base with t = n c / (1 + (n − 1) c), c the mean cosine between task vectors, t in [0, 1]."""
-    deltas = blocks.deltas
+    deltas = blocks.take_deltas()
     if gram is None:
         wide = [d.double() for d in deltas]
         gram = torch.stack([torch.stack([(a * b).sum(1, keepdim=True) for b in wide]) for a in wide])
@@ -190,12 +190,12 @@ def model_stock(blocks: Blocks, filter_wise: bool, gram: Tensor | None) -> Tenso
     cosine = torch.stack(cosines).mean(0).clamp(0, 1)
     t = (n * cosine / (1 + (n - 1) * cosine)).to(deltas[0])
     # The mean of the task vectors rather than of the models: its rounding error is relative to the small change.
-    return blocks.origin + weighted_sum(deltas, [1 / n] * n) * t
+    return weighted_sum(deltas, [1 / n] * n).mul_(t).add_(blocks.origin)
 
 
 def nearswap(blocks: Blocks, t: float) -> Tensor:
     """(1 − w) a + w b with w = min(1, t / |b − a|): the base a moves towards b by at most t."""
-    return blocks.origin + blocks.deltas[0].clamp_(-t, t)
+    return blocks.take_deltas()[0].clamp_(-t, t).add_(blocks.origin)
 
 
 def survey_arcee_fusion(whole: Whole) -> dict[str, Any]:
@@ -207,7 +207,8 @@ def survey_arcee_fusion(whole: Whole) -> dict[str, Any]:
 
 def arcee_fusion(blocks: Blocks, threshold: float) -> Tensor:
     """base + d where |d| KL(softmax(x row) ‖ softmax(base row)) reaches the threshold, and the base elsewhere."""
-    return blocks.origin + torch.where(_importance(blocks) >= threshold, blocks.deltas[0], 0)
+    kept = _importance(blocks) >= threshold
+    return torch.where(kept, blocks.take_deltas()[0], 0).add_(blocks.origin)
 
 
 def _survey_bands(whole: Whole, ranks: Sequence[tuple[int, ...] | None], rescale: bool) -> dict[str, Any]:
@@ -216,7 +217,7 @@ def _survey_bands(whole: Whole, ranks: Sequence[tuple[int, ...] | None], rescale
     asked = [index for index, r in enumerate(ranks) if r]
     if asked:
         magnitudes = whole.order_statistics(
-            lambda blocks: [(blocks.ingredients[i] - blocks.origin).abs_() for i in asked],
+            lambda blocks: [blocks.ingredients[i].sub_(blocks.origin).abs_() for i in asked],
             [ranks[index] or () for index in asked],
         )
         for index, values in zip(asked, magnitudes, strict=True):
@@ -225,8 +226,8 @@ def _survey_bands(whole: Whole, ranks: Sequence[tuple[int, ...] | None], rescale
     if rescale:
 
         def l1_norms(blocks: Blocks) -> Tensor:
-            norms = [(d.abs().sum(), _cut(d, band).abs().sum()) for d, band in zip(blocks.deltas, bands, strict=True)]
-            return torch.stack([torch.stack(pair) for pair in norms])
+            pairs = zip(blocks.take_deltas(), bands, strict=True)
+            return torch.stack([torch.stack([d.abs().sum(), _cut(d, band).abs().sum()]) for d, band in pairs])
 
         factors = [float(before / after) if after > 0 else 1.0 for before, after in whole.total(l1_norms)]
     return {"bands": bands, "factors": factors}
@@ -282,7 +283,7 @@ def _variance(deltas: Sequence[Tensor]) -> Tensor:
 
 def _selected(blocks: Blocks, least: float) -> list[Tensor]:
     """The task vectors where their variance is at least ``least``, 0 elsewhere."""
-    deltas = blocks.deltas
+    deltas = blocks.take_deltas()
     if least > 0:
         variance = _variance(deltas)
         mask = hardshrink(variance, _just_below(least, variance)).sign_()
@@ -319,27 +320,35 @@ def _add(
         total = weighted_sum(deltas, scales)
         if normalize and abs(sum_of_weights) >= 1e-8:
             total /= sum_of_weights
-    return blocks.origin + (total if lambda_ == 1 else total.mul_(lambda_))
+    return (total if lambda_ == 1 else total.mul_(lambda_)).add_(blocks.origin)
 
 
 def _agreeing(weighted: Sequence[Tensor], weight: Sequence[float], elected: Tensor, normalize: bool) -> Tensor:
     """Σ wᵢ dᵢ over those with the sign of ``elected`` (+ for 0), divided by their Σ wᵢ with ``normalize``.
 
-    0 agrees with neither sign. weighted: the wᵢ dᵢ; a sum of weights of 0 divides by 1.
+    0 agrees with neither sign, and a sum of weights of 0 divides by 1. weighted: the wᵢ dᵢ, which are overwritten.
     """
-    sign = torch.copysign(torch.ones((), dtype=elected.dtype, device=elected.device), elected + 0.0)  # −0 counts as +
-    total, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
-    for x, w in zip(weighted, weight, strict=True):
-        agreeing = (x * sign).relu_()
-        total += agreeing
-        if normalize and w:
-            voters = agreeing.sign_()
-            divisor += voters if w == 1 else voters.mul_(w)
+    one = torch.ones((), dtype=elected.dtype, device=elected.device)
+    sign = torch.copysign(one, elected + 0.0)  # −0 counts as +
+    agreeing = [x.mul_(sign).relu_() for x in weighted]
+    divisor = None
     if normalize:
+        votes = [x.sign() if w == 1 else x.sign().mul_(w) for x, w in zip(agreeing, weight, strict=True)]
+        divisor = _sum(votes)
+    total = _sum(agreeing)
+    if divisor is not None:
         positive = [w for w in weight if w > 0]
         # With no negative weight a divisor is 0, where the total is 0 too, or at least the smallest weight.
-        if len(positive) + weight.count(0) == len(weight):
+        if len(positive) + list(weight).count(0) == len(weight):
             total /= divisor.clamp_(min=min(positive, default=1.0))
         else:
             total /= torch.where(divisor == 0, 1, divisor)
     return total.mul_(sign)
+
+
+def _sum(blocks: Sequence[Tensor]) -> Tensor:
+    """The sum, in the place of the first block."""
+    total = blocks[0]
+    for block in blocks[1:]:
+        total += block
+    return total
