@@ -172,7 +172,8 @@ def _config(first: Adapter, ranks: dict[str, int], saved: dict[str, Tensor]) -> 
 
 
 def _record(adapters: Sequence[Adapter], shares: Sequence[float], folder: Path) -> dict[str, Any]:
-    recipe = {"method": "linear", "models": [adapter.label for adapter in adapters], "weights": list(shares)}
+    models = [{"model": adapter.label, "weight": share} for adapter, share in zip(adapters, shares, strict=True)]
+    recipe = {"method": "linear", "models": models, "parameters": {"normalize": False}}
     ingredients = [
         {"folder": adapter.label, "role": "ingredient", "files": {adapter.file.name: _fingerprint(adapter.file)}}
         for adapter in adapters

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from soupkit.adapters import merge_adapters
 from soupkit.engine import parse_num_threads
 from soupkit.errors import MergeError
 from soupkit.folder import FolderOptions, merge_into_folders, merge_into_memory, parse_size, plan_folders
 from soupkit.hashing import DEFAULT, check_algorithm
+from soupkit.lora import is_adapter
 from soupkit.memory import MemoryOptions, merge_modules, merge_state_dicts, merge_tensors
 from soupkit.planning import parse_dtype
 from soupkit.recipe import Recipe, Settings, load_recipe
@@ -98,7 +100,8 @@ def average(
         weights: one per model, finite and not negative; they are divided by their sum. None: uniform.
 
     Kinds of models, the other arguments, precision and errors are those of :func:`merge`. The uniform average of two
-    models, in their own dtype, is exact: the true mean rounded once.
+    models, in their own dtype, is exact: the true mean rounded once. Folders of LoRA adapters of one base give an
+    adapter that adds exactly the average of what they add (:func:`soupkit.adapters.merge_adapters`).
 
     Example:
         >>> soupkit.average([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])])
@@ -107,7 +110,10 @@ def average(
 
     Paper: Wortsman et al. 2022, "Model soups", https://arxiv.org/abs/2203.05482
     """
-    return merge(average_recipe(models, weights), out=out, **options)
+    recipe = average_recipe(models, weights)
+    if recipe.models and all(isinstance(model, (str, Path)) and is_adapter(Path(model)) for model in recipe.models):
+        return _average_adapters(recipe.models, weights, out, options)
+    return merge(recipe, out=out, **options)
 
 
 def average_recipe(models: Sequence[Model], weights: Sequence[float] | None = None) -> Recipe:
@@ -168,6 +174,19 @@ def sweep(
         raise MergeError(f"found {len(outs)} output folders for {len(ts)} values of t: give each one of its own")
     recipes = [_between(a, b, t, method) for t in ts]
     return _merge(recipes, None if outs is None else [Path(out) for out in outs], options)
+
+
+def _average_adapters(
+    adapters: Sequence[str | Path], weights: Sequence[float] | None, out: str | Path | None, options: Options
+) -> Path:
+    refused = set(options) - {"overwrite", "allow_pickle", "progress"}
+    given = sorted(name for name in refused if options[name] not in (None, False, "cpu", DEFAULT))  # type: ignore[literal-required]
+    if given:
+        raise MergeError(f"{', '.join(given)} is no option for LoRA adapters: leave it out, or fold each into its base")
+    if out is None:
+        raise MergeError("the average of LoRA adapters is an adapter folder: give out, where to write it")
+    overwrite, allow_pickle = options.get("overwrite", False), options.get("allow_pickle", False)
+    return merge_adapters(adapters, weights, out, overwrite=overwrite, allow_pickle=allow_pickle)
 
 
 def _between(a: Model, b: Model, t: float, method: str) -> Recipe:

@@ -58,6 +58,8 @@ def open_checkpoint(source: str | Path, *, allow_pickle: bool = False) -> Checkp
     if parts:
         base = open_checkpoint(parts[0], allow_pickle=allow_pickle)
         adapter = read_adapter(locate(parts[1], allow_pickle), parts[1], allow_pickle)
+        if any(path.name == adapter.file.name for path in base.files):
+            raise MergeError(f"{source} names two adapters: average them into one first, and add that to the base")
         tensors = fold(adapter, base.tensors, base.config)
         return Checkpoint(str(source), base.folder, (*base.files, adapter.file), tensors, base.config)
     folder = locate(source, allow_pickle)
@@ -111,7 +113,7 @@ def require_same_config(first: Checkpoint, other: Checkpoint) -> None:
 
 def require_same_tokenizer(first: Checkpoint, other: Checkpoint) -> None:
     """Raise MergeError when two checkpoints that both carry a tokenizer map text to different token ids."""
-    difference = _tokenizer_difference(first.folder, other.folder)
+    difference = tokenizer_difference(first.folder, other.folder)
     if difference:
         raise MergeError(
             f"the tokenizers of {first.label} and {other.label} differ ({difference}): "
@@ -119,7 +121,8 @@ def require_same_tokenizer(first: Checkpoint, other: Checkpoint) -> None:
         )
 
 
-def _tokenizer_difference(a: Path, b: Path) -> str | None:
+def tokenizer_difference(a: Path, b: Path) -> str | None:
+    """What maps text to different token ids in two folders that both have a tokenizer; None for nothing."""
     for name in VOCABULARY_FILES:
         if (a / name).exists() and (b / name).exists() and read_bytes(a / name) != read_bytes(b / name):
             return name

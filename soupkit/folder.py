@@ -30,6 +30,7 @@ from soupkit.checkpoint import (
     require_plain_weights,
     require_same_config,
     require_same_tokenizer,
+    tokenizer_difference,
 )
 from soupkit.engine import Progress, Task, run, tensor_tasks
 from soupkit.errors import MergeError
@@ -315,12 +316,16 @@ def _with_one_vocabulary(
     recipe: Recipe, checkpoints: list[Checkpoint]
 ) -> tuple[list[Checkpoint], UnifiedVocabulary | None]:
     """The checkpoints with rows that mean the same tokens, as the recipe's ``tokenizer`` wants it."""
-    if recipe.tokenizer is None or recipe.tokenizer == "base":
+    base_index = len(recipe.models) if recipe.base is not None else None
+    alike = not any(tokenizer_difference(checkpoints[0].folder, other.folder) for other in checkpoints[1:])
+    if recipe.tokenizer is None or (recipe.tokenizer == "base" and alike):
         for other in checkpoints[1:]:
             require_same_tokenizer(checkpoints[0], other)
         return checkpoints, None
-    base_index = len(recipe.models) if recipe.base is not None else None
-    folder = None if recipe.tokenizer == "union" else Path(recipe.tokenizer).expanduser()
+    if recipe.tokenizer == "base":
+        folder: Path | None = checkpoints[base_index or 0].folder
+    else:
+        folder = None if recipe.tokenizer == "union" else Path(recipe.tokenizer).expanduser()
     unified = unify_vocabularies(checkpoints, base_index, tokenizer=folder)
     return unified.checkpoints, unified
 

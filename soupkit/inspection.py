@@ -305,10 +305,7 @@ def tokens_of(folder: Path) -> dict[str, int] | None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    try:
-        return token_ids(read_json(path))
-    except (AttributeError, KeyError, TypeError) as error:
-        raise MergeError(f"{path} is damaged ({type(error).__name__}: {error}): write or download it again") from None
+    return token_ids(read_json(path), path)
 
 
 def _facts(found: Inspection) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ examples below, or its parts on the command line:
 
 ```sh
 python -m soupkit merge recipe.yaml --out soup
-python -m soupkit merge --method ties --base runs/pretrained --models runs/sft1 runs/sft2 --set density=0.5 --out soup
+python -m soupkit merge --method ties --base base sft1 sft2 --set weight=1 --set density=0.5 --out soup
 ```
 
 A parameter's value is a number, a list of numbers (a gradient over the layers), or a list of `{filter, value}`. One

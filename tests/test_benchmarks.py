@@ -21,8 +21,9 @@ from safetensors import safe_open
 STAND_IN = """
 import json, os, shutil, sys
 def main(arguments):
-    command, recipe, flag, out, quiet = arguments
+    command, recipe, flag, out, quiet, *sync = arguments
     assert (command, flag, quiet) == ("merge", "--out", "--quiet")
+    assert sync in ([], ["--sync"])
     recipe = json.load(open(recipe))
     shutil.copytree(recipe.get("base") or recipe["models"][0]["model"], out)
     with open(os.environ["TOLD"], "a") as file:

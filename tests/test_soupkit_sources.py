@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import permutations
 from math import prod, sqrt
 from pathlib import Path
@@ -21,6 +22,8 @@ from helpers import WORDS, llama_config, make_llama, make_tokenizer
 from safetensors.torch import load, load_file, save, save_file
 from tokenizers import Tokenizer
 
+import soupkit
+from soupkit import Recipe
 from soupkit.adapters import merge_adapters
 from soupkit.checkpoint import (
     Checkpoint,
@@ -791,7 +794,9 @@ def test_a_soup_of_adapters_adds_the_average_of_what_they_add(tmp_path, base):
     for module, total in expected.items():  # read again as any adapter is
         torch.testing.assert_close(folded(zeros, out, f"{module}.weight"), total, rtol=1e-6, atol=1e-6)
     record = json.loads((out / "soup.json").read_text())
-    assert record["recipe"] == {"method": "linear", "models": [str(f) for f in folders], "weights": [0.2, 0.3, 0.5]}
+    entries = [{"model": str(f), "weight": share} for f, share in zip(folders, (0.2, 0.3, 0.5), strict=True)]
+    assert record["recipe"] == {"method": "linear", "models": entries, "parameters": {"normalize": False}}
+    Recipe.from_dict(record["recipe"]).validate()
     assert record["ingredients"][1]["files"].keys() == {"adapter_model.safetensors"}
     assert record["files"].keys() == {"adapter_model.safetensors", "adapter_config.json"}
     summed = merge_adapters(folders[:2], [1, -1], tmp_path / "difference", normalize=False)
@@ -848,6 +853,19 @@ def test_bad_calls_of_merge_adapters(tmp_path):
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
 
 
+def test_average_of_adapter_folders_is_an_adapter(tmp_path, base):
+    folders = [write_adapter(tmp_path / name, lora("layers.0.q", seed)) for seed, name in ((1, "a"), (3, "b"))]
+    out = soupkit.average(folders, [1, 3], out=tmp_path / "soup", progress=False)
+    twin = merge_adapters(folders, [1, 3], tmp_path / "twin")
+    assert (out / "adapter_model.safetensors").read_bytes() == (twin / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(MergeError, match="dtype is no option for LoRA adapters"):
+        soupkit.average(folders, out=tmp_path / "other", dtype="bfloat16")
+    with pytest.raises(MergeError, match="the average of LoRA adapters is an adapter folder: give out"):
+        soupkit.average(folders)
+    with pytest.raises(MergeError, match=r"\+.*/b names two adapters: average them into one first"):
+        open_checkpoint(f"{base}+{folders[0]}+{folders[1]}")
+
+
 # ---- vocabularies
 
 
@@ -901,6 +919,23 @@ def test_a_union_of_vocabularies_worked_by_hand(tmp_path):
         assert checkpoint.tensors[EMBED].dtype == torch.float32
     tokenizer = Tokenizer.from_str(json.dumps(unified.tokenizer_json))
     assert tokenizer.encode("e b d a").ids == [4, 1, 3, 0]
+
+
+def test_merges_with_the_tokenizer_of_one_model_and_with_the_union(tmp_path):
+    base = vocabulary_checkpoint(tmp_path / "base", ["b", "a"], 2, 4)
+    model = vocabulary_checkpoint(tmp_path / "model", ["a", "b", "c"], 3, 1)
+    (model / "generation_config.json").write_text('{"eos_token_id": 2}')
+    recipe = Recipe("task_arithmetic", [str(model)], base=str(base), parameters={"weight": 1}, tokenizer="base")
+    with pytest.raises(MergeError, match=r"tokenizers of .* differ"):
+        soupkit.merge(replace(recipe, tokenizer=None), progress=False)
+    rows = {"base": [101, 100], "union": [101, 100, 102]}
+    for tokenizer, expected in rows.items():
+        out = soupkit.merge(replace(recipe, tokenizer=tokenizer), out=tmp_path / tokenizer / "soup", progress=False)
+        assert load_file(out / "model.safetensors")[EMBED][:, 0].tolist() == expected
+        assert json.loads((out / "config.json").read_text())["vocab_size"] == len(expected)
+        ids = json.loads((out / "tokenizer.json").read_text())["model"]["vocab"]
+        assert ids == dict(zip("bac", range(len(expected)), strict=False))
+        assert soupkit.verify(out, progress=False).ok
 
 
 def test_new_tokens_keep_their_order(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import torch
 import xxhash
 import yaml
-from helpers import make_llama, run_python
+from helpers import ROOT, make_llama, run_python
 from safetensors.torch import save_file
 
 import soupkit
@@ -851,3 +851,8 @@ def test_numbers_in_tables():
 def test_columns_are_aligned():
     assert text_table(("name", "n"), [("a", "10"), ("longer", "2")]) == "name     n\na       10\nlonger   2"
     assert printable("a\tb\udcff é") == "a\\tb\\udcff é"
+
+
+def test_the_page_of_methods_is_up_to_date():
+    written = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert written == method_page(), "run: python -m soupkit.method_page > docs/methods.md"

@@ -95,7 +95,7 @@ METHODS: dict[str, Method] = {
         summary="weighted mean of the directions of any number of models, with their weighted mean norm",
         formula="m Σ wᵢ ‖xᵢ‖ / ‖m‖, with m = Σ wᵢ xᵢ / ‖xᵢ‖; with a base, of x − base, and the base added",
         paper="Goddard 2025, Multi-SLERP, https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
-        departures="the step in the tangent space is left out, since it is 0; where directions cancel: the weighted sum",
+        departures="the step in the tangent space, which is 0, is left out; where directions cancel: the sum",
         parameters={
             "weight": _WEIGHT,
             "normalize_weights": Parameter("divide the weights by their sum", bool, True),
