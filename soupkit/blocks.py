@@ -177,8 +177,11 @@ class _WholeTensor:
         """Σ function(blocks) over all blocks, in order, in float64 on the CPU."""
         total: Tensor | None = None
         for span in self.spans():
-            part = function(self._clean(span, self.read(*span))).double().cpu()
+            part = function(self.read(*span)).double().cpu()
+            if not math.isfinite(part.sum().item()):  # or it overflowed
+                part = function(self._clean(span, self.read(*span))).double().cpu()
             total = part if total is None else total + part
+        self.surveyed = True
         assert total is not None  # a tensor without elements is not surveyed
         return total
 

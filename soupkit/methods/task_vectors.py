@@ -190,7 +190,7 @@ def model_stock(blocks: Blocks, filter_wise: bool, gram: Tensor | None) -> Tenso
     cosine = torch.stack(cosines).mean(0).clamp(0, 1)
     t = (n * cosine / (1 + (n - 1) * cosine)).to(deltas[0])
     # The mean of the task vectors rather than of the models: its rounding error is relative to the small change.
-    return weighted_sum(deltas, [1 / n] * n).mul_(t).add_(blocks.origin)
+    return _sum(deltas).mul_(t / n).add_(blocks.origin)
 
 
 def nearswap(blocks: Blocks, t: float) -> Tensor:
@@ -317,7 +317,8 @@ def _add(
         total = _agreeing(weighted, weight, sum(weighted[1:], weighted[0]), normalize)
     else:
         sum_of_weights = math.fsum(weight)
-        total = weighted_sum(deltas, scales)
+        # Equal weights, the usual case, are one product instead of one for each model.
+        total = _sum(deltas).mul_(scales[0]) if len(set(scales)) == 1 else weighted_sum(deltas, scales)
         if normalize and abs(sum_of_weights) >= 1e-8:
             total /= sum_of_weights
     return (total if lambda_ == 1 else total.mul_(lambda_)).add_(blocks.origin)
