@@ -40,8 +40,9 @@ THIS = Path(__file__).resolve()
 
 MB = 10**6
 COPY_BLOCK = 4 * 2**20  # bytes per read and write of the copy floor
-ANONYMOUS = re.compile(r"^RssAnon:\s*(\d+) kB$", re.MULTILINE)
-SAMPLING_INTERVAL = 0.01  # seconds between two looks at a process's own memory
+# Memory of a process in which what it shares with its children counts once, and of it what is no file's.
+SHARES = re.compile(r"^(Pss|Pss_Anon):\s*(\d+) kB$", re.MULTILINE)
+SAMPLING_INTERVAL = 0.03  # seconds between two looks at a process's memory
 DRAW = 2**22  # random numbers drawn at a time: what a made checkpoint needs in memory
 NUM_SHARDS = 5
 BASE_SPREAD, TUNING_SPREAD = 0.02, 0.002  # standard deviations of the base, and of what a fine-tuning adds
@@ -221,14 +222,15 @@ def measured(command: Sequence[str | Path]) -> tuple[Record, str]:
     """Run a command to its end: what it took, and what it printed. Raises ValueError when it fails.
 
     Times are in seconds. ``resident_bytes`` is the most that was mapped and present, page cache included;
-    ``anonymous_bytes`` the most of the process's own, sampled; ``disk_bytes`` what storage had to deliver.
+    ``anonymous_bytes`` the most of the process's own; both with its children, sampled, and shared pages counted once.
+    ``disk_bytes`` is what storage had to deliver.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryFile() as output:
         started = time.perf_counter()
         parts, environment = [str(part) for part in command], os.environ | {"PYTHONPATH": path}
         process = subprocess.Popen(parts, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        with _sampled_memory(process.pid) as anonymous:
+        with _sampled_memory(process.pid) as samples:
             try:
                 _, status, usage = os.wait4(process.pid, 0)
             except BaseException:
@@ -239,8 +241,8 @@ def measured(command: Sequence[str | Path]) -> tuple[Record, str]:
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         text = output.read().decode(errors="replace").strip()
-    if not any(anonymous):
-        raise ValueError(f"the memory of {command[0]} could not be sampled: /proc/PID/status has no RssAnon")
+    if not samples:
+        raise ValueError(f"the memory of {command[0]} could not be sampled: /proc/PID/smaps_rollup has no Pss_Anon")
     if process.returncode:
         last = text.splitlines()[-1] if text else "nothing"
         raise ValueError(f"{' '.join(map(str, command))} ended with code {process.returncode} and printed: {last}")
@@ -248,23 +250,28 @@ def measured(command: Sequence[str | Path]) -> tuple[Record, str]:
         "seconds": seconds,
         "user_seconds": usage.ru_utime,
         "system_seconds": usage.ru_stime,
-        "resident_bytes": usage.ru_maxrss * 1024,
-        "anonymous_bytes": max(anonymous),
+        "resident_bytes": max(usage.ru_maxrss * 1024, *(sample["Pss"] for sample in samples)),
+        "anonymous_bytes": max(sample["Pss_Anon"] for sample in samples),
         "disk_bytes": usage.ru_inblock * 512,
     }, text
 
 
 @contextmanager
-def _sampled_memory(pid: int) -> Iterator[list[int]]:
-    """Bytes of anonymous memory of a process while the block runs, as the kernel's counter has them."""
-    samples: list[int] = []
+def _sampled_memory(pid: int) -> Iterator[list[dict[str, int]]]:
+    """Bytes of memory of a process and its children while the block runs, as the kernel has them."""
+    samples: list[dict[str, int]] = []
     ended = threading.Event()
 
     def watch() -> None:
-        status = Path(f"/proc/{pid}/status")
         while not ended.is_set():
+            sample = dict.fromkeys(("Pss", "Pss_Anon"), 0)
             with suppress(OSError):  # it has just ended
-                samples.extend(1024 * int(number) for number in ANONYMOUS.findall(status.read_text()))
+                children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+                for process in (str(pid), *children):
+                    for key, number in SHARES.findall(Path(f"/proc/{process}/smaps_rollup").read_text()):
+                        sample[key] += 1024 * int(number)
+            if sample["Pss_Anon"]:
+                samples.append(sample)
             ended.wait(SAMPLING_INTERVAL)
 
     watcher = threading.Thread(target=watch)

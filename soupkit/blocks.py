@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
@@ -58,9 +58,14 @@ class NonFinite:
         if not self.allowed:
             raise MergeError(_complaint(plan, labels, counts))
         with self.lock:
-            seen = self.tensors.setdefault(plan.name, {"soup": 0, "models": dict.fromkeys(labels, 0)})
-            seen["soup"] += in_soup
-            for label, count in zip(labels, counts, strict=True):
+            self.add({plan.name: {"soup": in_soup, "models": dict(zip(labels, counts, strict=True))}})
+
+    def add(self, tensors: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add counts that were made elsewhere."""
+        for name, counts in tensors.items():
+            seen = self.tensors.setdefault(name, {"soup": 0, "models": dict.fromkeys(counts["models"], 0)})
+            seen["soup"] += counts["soup"]
+            for label, count in counts["models"].items():
                 seen["models"][label] += count
 
     def record(self) -> dict[str, Any]:

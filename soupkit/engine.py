@@ -1,7 +1,8 @@
-"""Many tensors at once: a merge cut into tasks, run by threads that read, compute and write side by side.
+"""Many tensors at once: a merge cut into tasks that read, compute and write side by side.
 
-Torch and NumPy let other threads run while they compute, and so do reads and writes, so threads are all it takes to use
-the cores and to overlap disk and arithmetic. What a task computes does not depend on the thread it runs in.
+Tasks run in threads: torch and NumPy let other threads run while they compute, and so do reads and writes. Merges of
+folders run them in forked processes where that is safe, which is faster still (see ``processes``). What a task computes
+does not depend on where it runs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from threading import Event, Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +23,12 @@ from soupkit.blocks import BLOCK, NonFinite, Readers, merged_blocks, steady_torc
 from soupkit.errors import MergeError
 from soupkit.methods import Method
 from soupkit.planning import TensorPlan
+from soupkit.processes import SharedCounts, run_in_processes
 
 # Blocks in a task, for methods that need not see a whole tensor first.
 TASK_BLOCKS = 64
 
-Task = Callable[[], None]
+Task = Callable[[], Any]
 # sink(variant, position, block) takes the soup's elements from a position on.
 Sink = Callable[[int, int, Tensor], None]
 
@@ -44,10 +47,19 @@ class Progress:
         self._lock = Lock()
         self.stop = Event()
 
+        self.children: SharedCounts | None = None  # while tasks run in processes
+
     def advance(self, num_bytes: int) -> None:
         """Count bytes, or raise Stopped."""
-        if self.stop.is_set():
+        if self.stop.is_set() or (self.children is not None and self.children.stopped):
             raise Stopped
+        if self.children is not None:
+            self.children.add(num_bytes)
+        else:
+            self.show(num_bytes)
+
+    def show(self, num_bytes: int) -> None:
+        """Move the bar."""
         with self._lock:
             self._bar.update(num_bytes)
 
@@ -75,16 +87,13 @@ def tensor_tasks(
     non_finite: NonFinite,
     progress: Progress,
     device: torch.device | str = "cpu",
-    done: Callable[[], None] = lambda: None,
+    done: Callable[[int, int], None] = lambda start, stop: None,
 ) -> list[Task]:
-    """The tasks that make one tensor of the soup; ``done`` is called when the last of them has ended."""
+    """The tasks that make one tensor of the soup; ``done`` hears which elements are complete."""
     whole = method.survey is not None or method.whole_rows(plan.variants[0])
     step = max(plan.num_elements, 1) if whole else TASK_BLOCKS * BLOCK
-    starts = range(0, max(plan.num_elements, 1), step)
-    left, lock = len(starts), Lock()
 
     def task(start: int) -> None:
-        nonlocal left
         stop = min(start + step, plan.num_elements)
         with open_readers() as readers:
             for position, blocks in merged_blocks(
@@ -93,34 +102,44 @@ def tensor_tasks(
                 for variant, block in enumerate(blocks):
                     sink(variant, position, block)
                     progress.advance(block.nbytes)
-        with lock:
-            left -= 1
-            last = left == 0
-        if last:
-            done()
+        done(start, stop)
 
-    return [partial(task, start) for start in starts]
+    return [partial(task, start) for start in range(0, max(plan.num_elements, 1), step)]
 
 
-def run(tasks: Sequence[Task], num_threads: int, progress: Progress) -> None:
-    """Run the tasks, begun in their order. The first exception stops all and is raised."""
+def run(tasks: Sequence[Task], num_threads: int, progress: Progress) -> list[Any]:
+    """Run the tasks, begun in their order, and return their results. The first exception stops all and is raised."""
     with steady_torch():
         if num_threads == 1 or len(tasks) == 1:
-            for task in tasks:
-                task()
-            return
+            return [task() for task in tasks]
         with ThreadPoolExecutor(num_threads, "soupkit") as pool:
             futures = [pool.submit(_steadily, task) for task in tasks]
             try:
                 failed = [f for f in wait(futures, return_when=FIRST_EXCEPTION).done if f.exception()]
                 for future in sorted(failed, key=lambda future: isinstance(future.exception(), Stopped)):
                     future.result()
+                return [future.result() for future in futures]
             finally:
                 progress.stop.set()
                 pool.shutdown(cancel_futures=True)
 
 
-def _steadily(task: Task) -> None:
+def run_forked(tasks: Sequence[Task], num_processes: int, progress: Progress, non_finite: NonFinite) -> list[Any]:
+    """As :func:`run`, in forked processes; what they count as not finite is added up."""
+    progress.children = SharedCounts(num_processes)
+    try:
+        with steady_torch():
+            results, counts = run_in_processes(
+                tasks, num_processes, progress.children, progress.show, lambda: non_finite.tensors
+            )
+    finally:
+        progress.children = None
+    for tensors in counts:
+        non_finite.add(tensors)
+    return results
+
+
+def _steadily(task: Task) -> Any:
     torch.set_num_threads(1)
     with torch.no_grad():
-        task()
+        return task()

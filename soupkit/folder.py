@@ -32,12 +32,13 @@ from soupkit.checkpoint import (
     require_same_tokenizer,
     tokenizer_difference,
 )
-from soupkit.engine import Progress, Task, run, tensor_tasks
+from soupkit.engine import Progress, Task, run, run_forked, tensor_tasks
 from soupkit.errors import MergeError
 from soupkit.hashing import hash_file
 from soupkit.heads import harmonise_heads
 from soupkit.methods import Method, find_method
 from soupkit.planning import Models, TensorPlan, parameters_by_name, plan_tensors
+from soupkit.processes import can_fork
 from soupkit.provenance import describe, roles
 from soupkit.publish import check_output, published_folder, write_back
 from soupkit.recipe import Recipe
@@ -47,6 +48,8 @@ from soupkit.vocabulary import UnifiedVocabulary, unify_vocabularies
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What from_pretrained needs beside the weights: configs, tokenizer, chat template, remote code.
 COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py"}
+# Bytes of a soup from which on children are worth the 0.1 s of their beginning.
+WORTH_FORKING = 100 * 10**6
 NOT_COPIED = {"config.json", "soup.json", "trainer_state.json", "adapter_config.json"}
 
 
@@ -225,9 +228,10 @@ class _Shard:
         offset = self._offset(tensor) + position * tensor.dtype.itemsize
         _write_all(self.descriptor, block.view(torch.uint8).numpy().data, offset)
 
-    def complete(self, tensor: TensorPlan) -> None:
-        """All of the tensor is written: the disk may begin with it."""
-        write_back(self.descriptor, self._offset(tensor), tensor.num_bytes)
+    def flush(self, tensor: TensorPlan, start: int, stop: int) -> None:
+        """These elements are written: the disk may begin with them."""
+        size = tensor.dtype.itemsize
+        write_back(self.descriptor, self._offset(tensor) + start * size, (stop - start) * size)
 
     def _offset(self, tensor: TensorPlan) -> int:
         return len(self.header) + self.offsets[tensor.name]
@@ -242,48 +246,33 @@ def _stream(
     options: FolderOptions,
 ) -> dict[Path, str]:
     """Fill the shards. Returns the hashes of all weight files, the models' and the soups'."""
-    hashes: dict[Path, str] = {}
-
-    def hashed(path: Path) -> None:
-        hashes[path] = hash_file(path, options.hash)
-
     tasks: list[Task] = []
     for name, tensors in shards.items():
-        left = {tensor.name for tensor in tensors}
-
-        def finish(tensor: TensorPlan, left: set[str] = left, files: Sequence[_Shard] = written[name]) -> None:
-            for shard in files:
-                shard.complete(tensor)
-            left.remove(tensor.name)
-            if not left:  # hashed while its pages are warm, and while other threads go on with the next shard
-                for shard in files:
-                    hashed(shard.path)
-
         for tensor in _largest_first(tensors):
+            sink, done = partial(_write, written[name], tensor), partial(_flush, written[name], tensor)
+            tasks += _tasks(plan, tensor, sink, non_finite, progress, options, done)
+    models = list(dict.fromkeys(path for checkpoint in plan.checkpoints for path in checkpoint.files))
+    soups = [shard.path for files in written.values() for shard in files]
+    hashing = {path: partial(hash_file, path, options.hash) for path in [*models, *soups]}
+    # The models last, as small pieces of work that keep everyone busy to the end.
+    num_merging = len(tasks)
+    tasks += [hashing[path] for path in models]
+    many = options.num_threads > 1 and plan.num_bytes >= WORTH_FORKING
+    if many and options.device.type == "cpu" and can_fork():
+        hashes = run_forked(tasks, options.num_threads, progress, non_finite)[num_merging:]
+    else:
+        hashes = run(tasks, options.num_threads, progress)[num_merging:]
+    hashes += run([hashing[path] for path in soups], options.num_threads, progress)
+    return dict(zip([*models, *soups], hashes, strict=True))
 
-            def sink(
-                variant: int,
-                position: int,
-                block: Tensor,
-                tensor: TensorPlan = tensor,
-                files: Sequence[_Shard] = written[name],
-            ) -> None:
-                files[variant].write(tensor, position, block)
 
-            tasks += _tasks(
-                plan,
-                tensor,
-                sink,
-                non_finite,
-                progress,
-                options,
-                partial(finish, tensor),
-            )
-    # Last, as small pieces of work that keep all threads busy to the end.
-    files = dict.fromkeys(path for checkpoint in plan.checkpoints for path in checkpoint.files)
-    tasks += [partial(hashed, path) for path in files]
-    run(tasks, options.num_threads, progress)
-    return hashes
+def _write(files: Sequence[_Shard], tensor: TensorPlan, variant: int, position: int, block: Tensor) -> None:
+    files[variant].write(tensor, position, block)
+
+
+def _flush(files: Sequence[_Shard], tensor: TensorPlan, start: int, stop: int) -> None:
+    for shard in files:
+        shard.flush(tensor, start, stop)
 
 
 def _tasks(
@@ -293,7 +282,7 @@ def _tasks(
     non_finite: NonFinite,
     progress: Progress,
     options: FolderOptions,
-    done: Callable[[], None] = lambda: None,
+    done: Callable[[int, int], None] = lambda start, stop: None,
 ) -> list[Task]:
     return tensor_tasks(
         tensor, plan.method, lambda: _readers(plan, tensor), sink, non_finite, progress, options.device, done

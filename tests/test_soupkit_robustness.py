@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,10 +21,13 @@ from safetensors.torch import save_file
 import soupkit
 from soupkit import Recipe
 from soupkit.hashing import hash_file
+from soupkit.processes import can_fork
 
 MERGE = """
 import sys
 import soupkit
+import soupkit.folder
+soupkit.folder.WORTH_FORKING = 0
 base, a, b, out = sys.argv[1:]
 recipe = soupkit.Recipe("ties", [a, b], base=base, parameters={"weight": 1, "density": 0.3})
 print("ready", flush=True)
@@ -100,8 +104,10 @@ def test_a_merge_killed_at_twenty_random_moments(models, tmp_path):
     assert sum(found.values()) == 20
 
 
-@pytest.mark.parametrize("room", [0, 100_000, 5_000_000, 8_000_000])
-def test_a_disk_that_fills_up(models, tmp_path, monkeypatch, room):
+@pytest.mark.parametrize("room", [0, 100_000, 5_000_000])
+@pytest.mark.parametrize("worth_forking", [0, 10**9])
+def test_a_disk_that_fills_up(models, tmp_path, monkeypatch, room, worth_forking):
+    monkeypatch.setattr("soupkit.folder.WORTH_FORKING", worth_forking)
     written = 0
     write = os.pwrite
 
@@ -139,19 +145,76 @@ def test_a_file_that_shrinks_during_the_merge(models, tmp_path, monkeypatch):
 
 
 def test_an_interrupt_stops_all_threads_and_leaves_nothing(models, tmp_path):
-    script = MERGE.replace("import soupkit\n", "import soupkit, time\n", 1).replace(
-        "print(",
-        "from dataclasses import replace\n"
-        "row = soupkit.METHODS['ties']\n"
-        "def slowly(blocks, **keywords):\n"
-        "    time.sleep(0.05)\n"
-        "    return row.function(blocks, **keywords)\n"
-        "soupkit.METHODS['ties'] = replace(row, function=slowly)\nprint(",
-        1,
-    )
-    with started(script, models, tmp_path / "soup") as child:
+    with started(SLOW_MERGE, models, tmp_path / "soup") as child:
         time.sleep(0.5)
         child.send_signal(signal.SIGINT)
         _, errors = child.communicate(timeout=60)
     assert b"KeyboardInterrupt" in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's /proc")
+SLOW_MERGE = MERGE.replace(
+    "print(",
+    "import time\n"
+    "from dataclasses import replace\n"
+    "row = soupkit.METHODS['ties']\n"
+    "def slowly(blocks, **keywords):\n"
+    "    time.sleep(0.2)\n"
+    "    return row.function(blocks, **keywords)\n"
+    "soupkit.METHODS['ties'] = replace(row, function=slowly)\nprint(",
+    1,
+)
+
+
+@needs_proc
+def test_children_end_with_a_merge_that_is_killed(models, tmp_path):
+    with started(SLOW_MERGE, models, tmp_path / "soup") as child:
+        wait_until(lambda: len(children_of(child.pid)) == 2)
+        children = children_of(child.pid)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
+
+
+@needs_proc
+def test_a_merge_ends_with_a_child_that_is_killed(models, tmp_path):
+    with started(SLOW_MERGE, models, tmp_path / "soup") as child:
+        wait_until(lambda: len(children_of(child.pid)) == 2)
+        os.kill(children_of(child.pid)[0], signal.SIGKILL)
+        _, errors = child.communicate(timeout=60)
+    assert b"a process of the merge was killed: is there enough memory?" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_give_the_same_soup_and_the_same_counts(models, tmp_path, monkeypatch):
+    tensors = {"w": torch.randn(300, 2000), "v": torch.ones(5)}
+    tensors["w"][7, 7], tensors["v"][0] = torch.nan, torch.inf
+    (tmp_path / "odd").mkdir()
+    save_file(tensors, tmp_path / "odd" / "model.safetensors")
+    odd = [tmp_path / "odd"] * 2
+    assert can_fork()
+    ties = Recipe("ties", models[1:], base=models[0], parameters={"weight": 1, "density": 0.3})
+    records = []
+    for name, worth_forking in (("forked", 0), ("threads", 10**9)):
+        monkeypatch.setattr("soupkit.folder.WORTH_FORKING", worth_forking)
+        soupkit.merge(ties, out=tmp_path / name, num_threads=2, progress=False)
+        with pytest.raises(soupkit.MergeError, match=r"tensor '[wv]' of .*/odd holds NaN or infinite values"):
+            soupkit.average(odd, out=tmp_path / "refused", num_threads=2, progress=False)
+        with pytest.warns(UserWarning, match="2 NaN or infinite values, in 'v', 'w'"):
+            soupkit.average(odd, out=tmp_path / f"{name}2", num_threads=2, progress=False, allow_nonfinite=True)
+        records.append(json.loads((tmp_path / f"{name}2" / "soup.json").read_text())["non_finite"])
+    assert hashes([tmp_path / "forked"]) == hashes([tmp_path / "threads"])
+    assert records[0] == records[1]
+    assert not (tmp_path / "refused").exists()

@@ -1,0 +1,157 @@
+"""Tasks in forked processes, for merges of folders: Python's lock makes threads wait for each other between blocks.
+
+A child starts as a copy of this process, so that tasks need not be sent to it, and shares its memory and open files.
+What comes back through a pipe is small: the tasks' results, and counts of values that are not finite. Children end with
+the merge, with the first failure, and with this process, however it ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from soupkit.errors import MergeError
+
+POLL = 0.1  # seconds between two looks at the children's progress
+PR_SET_PDEATHSIG = 1
+
+
+def can_fork() -> bool:
+    """Whether children may be forked: on Linux, with no other thread whose locks they would inherit, and no CUDA."""
+    threads = [thread for thread in threading.enumerate() if type(thread).__name__ != "TMonitor"]  # of the progress bar
+    alone = threads == [threading.main_thread()] and not multiprocessing.current_process().daemon
+    return sys.platform == "linux" and alone and not torch.cuda.is_initialized()
+
+
+def run_in_processes(
+    tasks: Sequence[Callable[[], Any]],
+    num_processes: int,
+    shared: SharedCounts,
+    advance: Callable[[int], None],
+    report: Callable[[], Any],
+) -> tuple[list[Any], list[Any]]:
+    """Run the tasks, begun in their order. Returns their results, and each child's ``report()`` at its end.
+
+    ``advance`` hears of what children have counted in ``shared``. The first exception stops all and is raised.
+    """
+    context = multiprocessing.get_context("fork")
+    connections, children = [], []
+    results: list[Any] = [None] * len(tasks)
+    reports: list[Any] = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking: see can_fork
+            for number in range(num_processes):
+                receiver, sender = context.Pipe(duplex=False)
+                child = context.Process(target=_child, args=(tasks, number, shared, sender, report), daemon=True)
+                child.start()
+                sender.close()
+                connections.append(receiver)
+                children.append(child)
+        told, waiting = 0, list(connections)
+        while waiting:
+            for connection in wait(waiting, timeout=POLL):
+                assert isinstance(connection, Connection)
+                waiting.remove(connection)
+                done, reported = _received(connection)
+                for index, result in done:
+                    results[index] = result
+                reports.append(reported)
+            counted = shared.total()
+            advance(counted - told)
+            told = counted
+        return results, reports
+    finally:
+        shared.stop()
+        for child in children:
+            child.join()
+        for connection in connections:
+            connection.close()
+
+
+class SharedCounts:
+    """Numbers that a process and its children see: the next task, what each child has done, and whether to stop."""
+
+    def __init__(self, num_processes: int) -> None:
+        context = multiprocessing.get_context("fork")
+        self._next = context.Value("q", 0)
+        self._counts = context.Array("q", num_processes, lock=False)
+        self._stopped = context.Value("b", 0, lock=False)
+        self.number = 0  # of this child
+
+    def take(self) -> int:
+        """The number of the next task."""
+        with self._next.get_lock():
+            self._next.value += 1
+            return int(self._next.value) - 1
+
+    def add(self, amount: int) -> None:
+        """Count something that this child has done."""
+        self._counts[self.number] += amount
+
+    def total(self) -> int:
+        """What all children have counted."""
+        return sum(self._counts)
+
+    def stop(self) -> None:
+        """Ask the children to end."""
+        self._stopped.value = 1
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the children are asked to end."""
+        return bool(self._stopped.value)
+
+
+def _child(
+    tasks: Sequence[Callable[[], Any]], number: int, shared: SharedCounts, sender: Connection, report: Callable[[], Any]
+) -> None:
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops the children
+    shared.number = number
+    torch.set_num_threads(1)
+    done = []
+    try:
+        with torch.no_grad():
+            while not shared.stopped and (index := shared.take()) < len(tasks):
+                done.append((index, tasks[index]()))
+        sender.send_bytes(pickle.dumps((None, done, report())))
+    except BaseException as error:
+        if shared.stopped:  # another child's failure, or Ctrl-C, is what the parent will raise
+            sender.send_bytes(pickle.dumps((None, [], None)))
+        else:
+            shared.stop()
+            sender.send_bytes(_pickled(error))
+
+
+def _pickled(error: BaseException) -> bytes:
+    try:
+        pickled = pickle.dumps((error, [], None))
+        pickle.loads(pickled)
+    except Exception:
+        return pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), [], None))
+    return pickled
+
+
+def _received(connection: Connection) -> tuple[list[tuple[int, Any]], Any]:
+    try:
+        error, done, reported = pickle.loads(connection.recv_bytes())
+    except EOFError:
+        raise MergeError("a process of the merge was killed: is there enough memory? Nothing was written") from None
+    if error is not None:
+        raise error
+    return done, reported
