@@ -58,8 +58,6 @@ def open_checkpoint(source: str | Path, *, allow_pickle: bool = False) -> Checkp
     if parts:
         base = open_checkpoint(parts[0], allow_pickle=allow_pickle)
         adapter = read_adapter(locate(parts[1], allow_pickle), parts[1], allow_pickle)
-        if any(path.name == adapter.file.name for path in base.files):
-            raise MergeError(f"{source} names two adapters: average them into one first, and add that to the base")
         tensors = fold(adapter, base.tensors, base.config)
         return Checkpoint(str(source), base.folder, (*base.files, adapter.file), tensors, base.config)
     folder = locate(source, allow_pickle)

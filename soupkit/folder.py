@@ -109,6 +109,8 @@ def plan_folders(recipes: Sequence[Recipe], options: FolderOptions) -> FolderPla
     merged, fishers = opened[:num_merged], opened[num_merged:]
     for checkpoint in merged:
         require_plain_weights(checkpoint)
+        if len({path.name for path in checkpoint.files}) < len(checkpoint.files):  # soup.json goes by file names
+            raise MergeError(f"{checkpoint.label} names two adapters: average them into one first, and add that")
     merged = harmonise_heads(merged)
     merged, vocabulary = _with_one_vocabulary(recipe, merged)
     for other in merged[1:]:

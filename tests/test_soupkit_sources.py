@@ -862,8 +862,9 @@ def test_average_of_adapter_folders_is_an_adapter(tmp_path, base):
         soupkit.average(folders, out=tmp_path / "other", dtype="bfloat16")
     with pytest.raises(MergeError, match="the average of LoRA adapters is an adapter folder: give out"):
         soupkit.average(folders)
-    with pytest.raises(MergeError, match=r"\+.*/b names two adapters: average them into one first"):
-        open_checkpoint(f"{base}+{folders[0]}+{folders[1]}")
+    first, second = (write_adapter(tmp_path / name, lora(Q, seed)) for seed, name in ((1, "c"), (3, "d")))
+    with pytest.raises(MergeError, match=r"\+.*/d names two adapters: average them into one first"):
+        soupkit.average([f"{base}+{first}+{second}"], progress=False)
 
 
 # ---- vocabularies
