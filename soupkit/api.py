@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -18,6 +19,7 @@ from soupkit.hashing import DEFAULT, check_algorithm
 from soupkit.lora import is_adapter
 from soupkit.memory import MemoryOptions, merge_modules, merge_state_dicts, merge_tensors
 from soupkit.planning import parse_dtype
+from soupkit.publish import check_output
 from soupkit.recipe import Recipe, Settings, load_recipe
 
 Model = Tensor | Mapping[str, Tensor] | Module | str | Path
@@ -111,7 +113,9 @@ def average(
     Paper: Wortsman et al. 2022, "Model soups", https://arxiv.org/abs/2203.05482
     """
     recipe = average_recipe(models, weights)
-    if recipe.models and all(isinstance(model, (str, Path)) and is_adapter(Path(model)) for model in recipe.models):
+    if recipe.models and all(
+        isinstance(model, (str, Path)) and is_adapter(Path(model).expanduser()) for model in recipe.models
+    ):
         return _average_adapters(recipe.models, weights, out, options)
     return merge(recipe, out=out, **options)
 
@@ -164,13 +168,13 @@ def sweep(
     """The models at every ``t`` of ``ts`` on the way from ``a`` to ``b``, all made in one pass over the two.
 
     Reading is what a merge of folders mostly does, so many points cost little more than one. With ``outs``, one folder
-    for each t; they all appear, or none of them where one cannot be completed.
+    for each t; they appear one after another once all are complete.
 
     Paper: Wortsman et al. 2021, "Robust fine-tuning of zero-shot models" (WiSE-FT), https://arxiv.org/abs/2109.01903
     """
     if not len(ts):
         raise MergeError("ts is empty: give at least one t")
-    if outs is not None and (len(outs) != len(ts) or len({Path(out).absolute() for out in outs}) != len(ts)):
+    if outs is not None and (len(outs) != len(ts) or len({os.path.abspath(out) for out in outs}) != len(ts)):
         raise MergeError(f"found {len(outs)} output folders for {len(ts)} values of t: give each one of its own")
     recipes = [_between(a, b, t, method) for t in ts]
     return _merge(recipes, None if outs is None else [Path(out) for out in outs], options)
@@ -223,12 +227,19 @@ def _checked_weights(weights: Sequence[float], num_models: int) -> list[float]:
 def _merge(recipes: Sequence[Recipe], outs: Sequence[Path] | None, options: Options) -> list[Any]:
     """Check the call, then hand it to the level of its models. Recipes differ in their parameters alone."""
     recipe = recipes[0]
+    unknown = sorted(options.keys() - Options.__annotations__.keys())
+    if unknown:
+        raise MergeError(f"unknown option {unknown[0]!r}: the options are {', '.join(Options.__annotations__)}")
     for each in recipes:
         each.validate()
+    for out in outs or []:
+        check_output(Path(os.path.abspath(out)), options.get("overwrite", False))
     dtype = parse_dtype(options.get("dtype") or recipe.dtype)
     num_threads = parse_num_threads(options.get("num_threads"))
     allow_nonfinite = options.get("allow_nonfinite", False)
     kind = _kind([*recipe.models, *([] if recipe.base is None else [recipe.base])])
+    if any((_kind([fisher]) == "folder") != (kind == "folder") for fisher in recipe.fishers):
+        raise MergeError(f"each model is a {kind}: give Fisher information of that kind too")
     if kind == "folder":
         folder_options = FolderOptions(
             dtype=dtype,
@@ -263,8 +274,8 @@ def _parse_device(device: torch.device | str) -> torch.device:
         raise MergeError(f"device {device!r} is unknown: choose cpu, cuda or cuda:N") from None
     if parsed.type not in ("cpu", "cuda"):
         raise MergeError(f"device {device!r} is not supported: choose cpu, cuda or cuda:N")
-    if parsed.type == "cuda" and not torch.cuda.is_available():
-        raise MergeError(f"device {device!r} is asked for, and torch finds no CUDA device: use cpu")
+    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
+        raise MergeError(f"device {str(device)!r}: torch finds {torch.cuda.device_count()} CUDA devices: use cpu")
     return parsed
 
 

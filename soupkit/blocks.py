@@ -107,7 +107,7 @@ def merged_blocks(
         blocks = whole.admit(span, whole.read(*span))
         copies = [blocks.copy() for _ in variants[1:]]
         soups = [method.function(b, **keywords) for b, keywords in zip([*copies, blocks], variants, strict=True)]
-        yield span[0], [whole.finish(span, soup) for soup in soups]
+        yield span[0], [whole.finish(span, soup, first=number == 0) for number, soup in enumerate(soups)]
 
 
 def require_equal(plan: TensorPlan, readers: Readers) -> None:
@@ -116,7 +116,7 @@ def require_equal(plan: TensorPlan, readers: Readers) -> None:
     for start in range(0, plan.num_elements, BLOCK):
         stop = min(start + BLOCK, plan.num_elements)
         first = models[0](start, stop)
-        for reader, label in zip(models[1:], readers.labels[1:], strict=True):
+        for reader, label in zip(models[1:], readers.labels[1 : len(models)], strict=True):
             if not torch.equal(first, reader(start, stop).to(first.device)):
                 raise MergeError(
                     f"integer tensor {plan.name!r} differs between {readers.labels[0]} and {label}, and integers are "
@@ -199,7 +199,8 @@ class _WholeTensor:
             for span in self.spans():
                 blocks = self.read(*span, 1 if rowwise else stride)
                 quantities = function(self._clean(span, blocks) if stride == 1 else blocks)
-                yield [x.flatten()[:: stride if rowwise else 1].cpu().numpy() for x in quantities]
+                thinned = [x.flatten()[::stride].clone() if rowwise and stride > 1 else x.flatten() for x in quantities]
+                yield [x.cpu().numpy() for x in thinned]
 
         return order_statistics(scan, self.num_elements, ranks)
 
@@ -210,13 +211,13 @@ class _WholeTensor:
             self._examine(span, None)
         return blocks
 
-    def finish(self, span: tuple[int, int], soup: Tensor) -> Tensor:
-        """The soup's block rounded to its dtype, after a look for values that are not finite."""
+    def finish(self, span: tuple[int, int], soup: Tensor, *, first: bool) -> Tensor:
+        """The soup's block rounded to its dtype, after a look for values that are not finite; the first's count."""
         rounded = _round_once(soup.flatten(), self.plan.dtype)
         # A float32 sum that is finite is finite in bfloat16 too, but for the last half unit of its range.
         narrowed = self.plan.dtype in NARROW or soup.dtype == torch.float64
         watched = rounded.float() if narrowed and self.plan.dtype != torch.float64 else soup
-        if self.non_finite.allowed or not _sums_are_finite([watched]):
+        if first if self.non_finite.allowed else not _sums_are_finite([watched]):
             self._examine(span, rounded)
         return rounded.cpu()
 

@@ -173,7 +173,7 @@ def merge_into_folders(plan: FolderPlan, outs: Sequence[Path], options: FolderOp
             _write_companions(plan, folder)
             if len(shards) > 1:
                 _write_index(folder, shards)
-            _write_record(plan, recipe, folder, hashes, non_finite, options.hash)
+            _write_record(plan, recipe, folder, hashes, non_finite, options)
     non_finite.warn()
     return outs
 
@@ -398,25 +398,27 @@ def _write_record(
     folder: Path,
     hashes: Mapping[Path, str],
     non_finite: NonFinite,
-    algorithm: str,
+    options: FolderOptions,
 ) -> None:
     """soup.json and the model card."""
+    algorithm = options.hash
     checkpoints = [(role, checkpoint) for (role, _), checkpoint in zip(roles(recipe), plan.checkpoints, strict=True)]
-    dtype = _dtype_name(plan)
-    record = describe(replace(recipe, dtype=dtype), checkpoints, lambda path: {algorithm: hashes[path]})
+    # The dtype that was asked for, so that the recipe makes the same again also where tensors differ in theirs.
+    asked = None if options.dtype is None else str(options.dtype).removeprefix("torch.")
+    record = describe(replace(recipe, dtype=asked), checkpoints, lambda path: {algorithm: hashes[path]})
     record["files"] = {
         path.name: {"bytes": path.stat().st_size, algorithm: hashes.get(path) or hash_file(path, algorithm)}
         for path in sorted(folder.iterdir())
     }
-    record |= {"dtype": dtype, "non_finite": non_finite.record()}
+    record |= {"dtype": _dtype_name(plan), "non_finite": non_finite.record()}
     _write_json(folder / "soup.json", record)
     (folder / "README.md").write_text(model_card(record, plan.companions.config), encoding="utf-8")
 
 
 def _dtype_name(plan: FolderPlan) -> str:
-    """The dtype that most of the soup's elements have."""
-    counts: dict[torch.dtype, int] = {}
-    for tensor in plan.tensors:
+    """The floating-point dtype that most of the soup's elements have."""
+    counts = {plan.tensors[0].dtype: 0}
+    for tensor in [tensor for tensor in plan.tensors if tensor.working_dtype is not None]:
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.num_elements
     return str(max(counts, key=counts.__getitem__)).removeprefix("torch.")
 

@@ -111,7 +111,8 @@ class FoldedTensor:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter rather than a checkpoint."""
-    return any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE))
+    whole = any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
+    return not whole and any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE))
 
 
 def read_adapter(folder: Path, label: str, allow_pickle: bool) -> Adapter:

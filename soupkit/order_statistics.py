@@ -36,6 +36,7 @@ class _Question:
     sample: Values  # sorted
     bracket: tuple[np.floating, np.floating]
     stride: int = 1
+    alone: bool = False  # whether the bracket holds one value, which an earlier bracket ended at
     answer: float | None = None
 
     def propose(self) -> None:
@@ -56,6 +57,7 @@ class _Question:
     def learn(self, num_below: int, num_to_high: int, collected: Values) -> None:
         """Take in a pass: values ≤ the bracket's low end, values < its high end, every stride-th value inside."""
         low, high = self.bracket
+        alone, self.alone = self.alone, False
         if num_below <= self.rank < num_to_high:
             self.low, self.high, self.num_below, self.num_to_high = low, high, num_below, num_to_high
             if _after(low) >= _before(high):
@@ -67,16 +69,20 @@ class _Question:
                 self.propose()
         elif self.rank < num_below:  # v ≤ low: is it low itself?
             self.high, self.num_to_high = _after(low), num_below
-            self._ask_alone(low)
+            self._miss(low, alone)
         else:  # v ≥ high
             self.low, self.num_below = _before(high), num_to_high
-            self._ask_alone(high)
+            self._miss(high, alone)
 
-    def _ask_alone(self, value: np.floating) -> None:
-        if self.bracket == (_before(value), _after(value)) or not np.isfinite(value):
+    def _miss(self, end: np.floating, was_alone: bool) -> None:
+        """v lies at or beyond an end of the bracket: is it that end, which many values may share? If not, go on."""
+        if not np.isfinite(end):
+            self.answer = float(end)
+        elif was_alone:
+            self.sample = self.sample[:0]  # it has misled twice: the next pass takes another
             self.propose()
         else:
-            self.bracket, self.stride = (_before(value), _after(value)), 2**40
+            self.alone, self.bracket, self.stride = True, (_before(end), _after(end)), 2**40
 
 
 def order_statistics(scan: Scan, num_elements: int, ranks: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -112,8 +118,10 @@ def _pass(scan: Scan, questions: Sequence[_Question]) -> None:
             num_to_high[index] += int(np.count_nonzero(inside))
             num_below[index] += values.size - int(np.count_nonzero(above))
             inside &= above
-            if question.stride < values.size:
-                collected[index].append(values[inside][:: question.stride])
+            if question.stride <= values.size:
+                found = values[inside]
+                # A copy of the few, or each view would keep all of its values alive.
+                collected[index].append(found if question.stride == 1 else found[:: question.stride].copy())
     for index, question in enumerate(questions):
         found = np.concatenate(collected[index]) if collected[index] else np.empty(0)
         question.learn(num_below[index], num_to_high[index], found)

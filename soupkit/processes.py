@@ -16,6 +16,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -54,7 +55,9 @@ def run_in_processes(
             warnings.simplefilter("ignore", DeprecationWarning)  # of forking: see can_fork
             for number in range(num_processes):
                 receiver, sender = context.Pipe(duplex=False)
-                child = context.Process(target=_child, args=(tasks, number, shared, sender, report), daemon=True)
+                child = context.Process(
+                    target=_child, args=(tasks, number, shared, sender, report, os.getpid()), daemon=True
+                )
                 child.start()
                 sender.close()
                 connections.append(receiver)
@@ -74,10 +77,10 @@ def run_in_processes(
         return results, reports
     finally:
         shared.stop()
+        for connection in connections:  # first, so that no child waits for its words to be read
+            connection.close()
         for child in children:
             child.join()
-        for connection in connections:
-            connection.close()
 
 
 class SharedCounts:
@@ -115,9 +118,13 @@ class SharedCounts:
 
 
 def _child(
-    tasks: Sequence[Callable[[], Any]], number: int, shared: SharedCounts, sender: Connection, report: Callable[[], Any]
+    tasks: Sequence[Callable[[], Any]],
+    number: int,
+    shared: SharedCounts,
+    sender: Connection,
+    report: Callable[[], Any],
+    parent: int,
 ) -> None:
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the line above
         os._exit(1)
@@ -129,13 +136,13 @@ def _child(
         with torch.no_grad():
             while not shared.stopped and (index := shared.take()) < len(tasks):
                 done.append((index, tasks[index]()))
-        sender.send_bytes(pickle.dumps((None, done, report())))
+        words = pickle.dumps((None, done, report()))
     except BaseException as error:
-        if shared.stopped:  # another child's failure, or Ctrl-C, is what the parent will raise
-            sender.send_bytes(pickle.dumps((None, [], None)))
-        else:
-            shared.stop()
-            sender.send_bytes(_pickled(error))
+        # Once stopped, another child's failure, or Ctrl-C, is what the parent will raise.
+        words = pickle.dumps((None, [], None)) if shared.stopped else _pickled(error)
+        shared.stop()
+    with suppress(OSError):  # the parent has given up
+        sender.send_bytes(words)
 
 
 def _pickled(error: BaseException) -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_LIVE: set[Path] = set()  # temporary folders that this process is filling
 _SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None) if os.name == "posix" else None
 
 
@@ -37,9 +38,12 @@ def published_folder(out: Path, overwrite: bool, *, sync: bool = True) -> Iterat
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.partial-{platform.node()}-"
+    if out.parent / f"{prefix}{os.getpid()}" in _LIVE:
+        raise FileExistsError(f"{out} is being written by this process already: wait, or choose another output folder")
     _remove_leftovers(out.parent, prefix)
     partial = out.parent / f"{prefix}{os.getpid()}"
     partial.mkdir()
+    _LIVE.add(partial)
     try:
         yield partial
         for path in [*partial.iterdir(), partial] if sync else []:
@@ -50,6 +54,7 @@ def published_folder(out: Path, overwrite: bool, *, sync: bool = True) -> Iterat
             _sync(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # what failed, or what was replaced
+        _LIVE.discard(partial)
 
 
 def write_back(descriptor: int, offset: int, num_bytes: int) -> None:

@@ -89,7 +89,7 @@ class Recipe:
     num_layers: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.models, (str, Path, Mapping)):
+        if isinstance(self.models, (str, Path, Mapping, torch.Tensor, torch.nn.Module)):
             raise MergeError(f"models is one {type(self.models).__name__}: give a list of models")
         models = tuple(self.models)
         own = tuple(_settings(settings) for settings in self.model_parameters) or tuple({} for _ in models)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import soupkit
 from soupkit import MergeError, Recipe
 from soupkit.folder import parse_size
+from soupkit.publish import published_folder
 
 CONFIG = {"model_type": "tiny", "vocab_size": 11, "torch_dtype": "float32"}
 
@@ -271,8 +272,8 @@ def test_only_checkpoints_are_overwritten(pair, tmp_path):
             soupkit.average(pair, out=tmp_path / name, overwrite=True, progress=False)
     with pytest.raises(FileExistsError, match=r"a is not only a checkpoint \(weights, no sub-folders\)"):
         soupkit.average([pair[1]], out=pair[0], overwrite=True, progress=False)
-    with pytest.raises(FileExistsError, match="a is one of the models that are merged"):
-        soupkit.average(pair, out=pair[0], overwrite=True, progress=False)
+    with pytest.raises(FileExistsError, match="b is one of the models that are merged"):
+        soupkit.average(pair, out=pair[1], overwrite=True, progress=False)
     assert (tmp_path / "thesis" / "chapter1.tex").exists()
 
 
@@ -510,3 +511,21 @@ def test_the_progress_bar_is_on_stderr_and_can_be_turned_off(pair, capsys):
     assert captured.out == ""
     assert "linear" in captured.err
     assert "100%" in captured.err
+
+
+def test_the_record_of_mixed_dtypes_makes_the_same_again(tmp_path):
+    states = [{"w": torch.randn(9).bfloat16(), "norm": torch.randn(3), "mask": torch.ones(99, dtype=torch.bool)}] * 2
+    folders = [save(tmp_path / name, state) for name, state in zip("ab", states, strict=True)]
+    out = soupkit.average(folders, out=tmp_path / "soup", progress=False)
+    record = json.loads((out / "soup.json").read_text())
+    assert record["dtype"] == json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    again = soupkit.merge(Recipe.from_dict(record["recipe"]), out=tmp_path / "again", progress=False)
+    assert_same_bits(load(again), load(out))
+
+
+def test_a_process_writes_a_folder_once_at_a_time(pair, tmp_path):
+    with (
+        published_folder(tmp_path / "soup", overwrite=False),
+        pytest.raises(FileExistsError, match="is being written by this process already"),
+    ):
+        soupkit.average(pair, out=tmp_path / "soup", progress=False)

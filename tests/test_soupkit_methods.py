@@ -455,3 +455,23 @@ def test_bad_input_is_told_in_one_line(name):
         call_it()
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, ValueError)
+
+
+def test_an_option_that_does_not_exist_is_named():
+    with pytest.raises(MergeError, match="unknown option 'weight': the options are dtype, overwrite"):
+        soupkit.average([ONE, ONE], weight=[1, 0])
+
+
+def test_fisher_weights_beside_integer_buffers():
+    state = {"w": torch.tensor([1.0, 3.0]), "ids": torch.arange(3)}
+    other = {"w": torch.tensor([5.0, 7.0]), "ids": torch.arange(3)}
+    fishers = [{"w": torch.tensor([3.0, 1.0])}, {"w": torch.tensor([1.0, 0.0])}]
+    soup = soupkit.merge(Recipe("fisher", [state, other], fishers=fishers))
+    assert soup["w"].tolist() == [2.0, 3.0]
+    assert soup["ids"].tolist() == [0, 1, 2]
+
+
+def test_a_sweep_counts_what_is_not_finite_once(tmp_path):
+    a, b = torch.tensor([torch.nan, 1.0]), torch.ones(2)
+    with pytest.warns(UserWarning, match="the soup holds 1 NaN"):
+        soupkit.sweep(a, b, [0, 0.5, 1], allow_nonfinite=True)

@@ -103,6 +103,7 @@ METHODS: dict[str, Method] = {
         },
         base="optional",
         survey=spherical.survey_gram,
+        check=averages.check_multislerp,
     ),
     "karcher": Method(
         spherical.karcher,

@@ -46,6 +46,12 @@ def check_linear(parameters: Mapping[str, Any]) -> None:
         normalised(parameters["weight"])
 
 
+def check_multislerp(parameters: Mapping[str, Any]) -> None:
+    """Raise MergeError for weights that cannot be normalised."""
+    if parameters["normalize_weights"]:
+        normalised(parameters["weight"])
+
+
 def check_fisher(parameters: Mapping[str, Any]) -> None:
     """Raise MergeError for weights that cannot be normalised."""
     normalised(parameters["weight"])

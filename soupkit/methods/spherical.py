@@ -106,7 +106,7 @@ def multislerp(blocks: Blocks, weight: Sequence[float], normalize_weights: bool,
     mean = weights / (norms + eps)
     length = _length(mean, gram)
     # Opposite vectors cancel: there is no direction to go, and the weighted sum is taken.
-    coefficients = mean / length * (norms * weights).sum() if length >= eps else weights
+    coefficients = mean / length * (norms * weights).sum() if length > eps else weights
     combined = weighted_sum(blocks.take_directions(), coefficients.tolist())
     return combined if blocks.base is None else combined.add_(blocks.base)
 

@@ -90,7 +90,7 @@ def dare(
     for index, (delta, wanted) in enumerate(zip(kept, density, strict=True)):
         cut = round(wanted * RANDOM_VALUES)
         if cut < RANDOM_VALUES:
-            delta *= _below(blocks.random(index).to(delta.dtype), cut)
+            delta *= _below(blocks.random(index).to(delta.device, delta.dtype), cut)
         factors.append(RANDOM_VALUES / cut if rescale and cut else 1.0)
     return _add(blocks, kept, weight, normalize, lambda_, consensus, factors)
 
@@ -125,7 +125,7 @@ def della_magprune(
         if wanted >= 1:
             continue
         cuts = _keep_cuts(delta, wanted, spread if wanted else 0.0)
-        delta *= _below(blocks.random(index).view(delta.shape).to(delta.dtype), cuts)
+        delta *= _below(blocks.random(index).view(delta.shape).to(delta.device, delta.dtype), cuts)
         if rescale:
             delta /= cuts.mul_(1 / RANDOM_VALUES).clamp_(min=1 / RANDOM_VALUES)
     return _add(blocks, kept, weight, normalize, lambda_, consensus)
