@@ -211,6 +211,10 @@ def test_dot_products_do_not_depend_on_threads_and_are_exact_enough(monkeypatch)
     gram = gram_matrix([a, b])
     assert gram[0, 1].item() == gram[1, 0].item() == pytest.approx(math.fsum((a * b).tolist()), abs=1e-9)
     assert gram[1, 1].item() == pytest.approx(math.fsum((b * b).tolist()), rel=1e-14)
+    # Blocks of 16-bit models are in float32; sums in float32 would be right to five digits only.
+    x, y = a.float(), b.float()
+    exact = math.fsum((x.double() * y.double()).tolist())
+    assert gram_matrix([x, y])[0, 1].item() == pytest.approx(exact, abs=1e-9)
 
 
 def call(method: str, models: list, **options):
