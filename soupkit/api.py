@@ -67,7 +67,7 @@ def merge(
         allow_nonfinite: go on where a model holds NaN or infinite values, which then stay in their places; they are
             counted in ``soup.json`` and in a warning. By default they are an error.
         allow_pickle: read weights, and nothing but weights, from ``pytorch_model.bin`` where there is no safetensors.
-        hash: "xxh3_128" (fast) or "sha256" (as hubs show it), for ``soup.json``.
+        hash: "xxh3_tree" (fast) or "sha256" (as hubs show it), for ``soup.json``.
         sync: wait until the disk has all of ``out`` before it appears, against a power cut. By default it appears once
             all is written, as copied files do, and the system brings it to the disk within seconds.
         device: where folders are merged, such as "cuda".

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from threading import Event, Lock
 from typing import Any
@@ -31,6 +32,15 @@ TASK_BLOCKS = 64
 Task = Callable[[], Any]
 # sink(variant, position, block) takes the soup's elements from a position on.
 Sink = Callable[[int, int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What one task reads and writes. When its elements are complete, ``finish`` gives the task's result."""
+
+    readers: Readers
+    sink: Sink
+    finish: Callable[[], Any] = lambda: None
 
 
 class Stopped(Exception):
@@ -82,27 +92,25 @@ def parse_num_threads(num_threads: int | None) -> int:
 def tensor_tasks(
     plan: TensorPlan,
     method: Method,
-    open_readers: Callable[[], AbstractContextManager[Readers]],
-    sink: Sink,
+    open_streams: Callable[[int, int], AbstractContextManager[Streams]],
     non_finite: NonFinite,
     progress: Progress,
     device: torch.device | str = "cpu",
-    done: Callable[[int, int], None] = lambda start, stop: None,
 ) -> list[Task]:
-    """The tasks that make one tensor of the soup; ``done`` hears which elements are complete."""
+    """The tasks that make one tensor of the soup; ``open_streams`` hears which elements a task will make."""
     whole = method.survey is not None or method.whole_rows(plan.variants[0])
     step = max(plan.num_elements, 1) if whole else TASK_BLOCKS * BLOCK
 
-    def task(start: int) -> None:
+    def task(start: int) -> Any:
         stop = min(start + step, plan.num_elements)
-        with open_readers() as readers:
+        with open_streams(start, stop) as streams:
             for position, blocks in merged_blocks(
-                plan, method, readers, non_finite, start=start, stop=stop, device=device
+                plan, method, streams.readers, non_finite, start=start, stop=stop, device=device
             ):
                 for variant, block in enumerate(blocks):
-                    sink(variant, position, block)
+                    streams.sink(variant, position, block)
                     progress.advance(block.nbytes)
-        done(start, stop)
+            return streams.finish()
 
     return [partial(task, start) for start in range(0, max(plan.num_elements, 1), step)]
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,19 @@ from soupkit.checkpoint import (
     require_same_tokenizer,
     tokenizer_difference,
 )
-from soupkit.engine import Progress, Task, run, run_forked, tensor_tasks
+from soupkit.engine import Progress, Streams, Task, run, run_forked, tensor_tasks
 from soupkit.errors import MergeError
-from soupkit.hashing import hash_file
+from soupkit.hashing import DEFAULT, Piece, TensorHasher, hash_file
 from soupkit.heads import harmonise_heads
 from soupkit.methods import Method, find_method
 from soupkit.planning import Models, TensorPlan, parameters_by_name, plan_tensors
 from soupkit.processes import can_fork
 from soupkit.provenance import describe, roles
-from soupkit.publish import check_output, published_folder, write_back
+from soupkit.publish import check_output, published_folder, reserve, write_back
 from soupkit.recipe import Recipe
-from soupkit.safetensors_format import DTYPES
+from soupkit.safetensors_format import DTYPES, StoredTensor, bytes_of
+from soupkit.sources import Reader, TensorSource
+from soupkit.tables import size
 from soupkit.vocabulary import UnifiedVocabulary, unify_vocabularies
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -143,11 +146,8 @@ def merge_into_memory(plan: FolderPlan, options: FolderOptions) -> list[dict[str
         tasks: list[Task] = []
         for tensor in _largest_first(plan.tensors):
             flat = [soup[tensor.name].view(-1) for soup in soups]
-
-            def sink(variant: int, position: int, block: Tensor, flat: list[Tensor] = flat) -> None:
-                flat[variant][position : position + block.numel()] = block
-
-            tasks += _tasks(plan, tensor, sink, non_finite, progress, options)
+            open_streams = partial(_streams_to_memory, plan, tensor, flat)
+            tasks += tensor_tasks(tensor, plan.method, open_streams, non_finite, progress, options.device)
         run(tasks, options.num_threads, progress)
     non_finite.warn()
     return soups
@@ -214,12 +214,14 @@ class _Shard:
         encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         encoded += b" " * (-len(encoded) % 8)
         self.header = len(encoded).to_bytes(8, "little") + encoded
+        self.num_bytes = len(self.header) + end
 
     @contextmanager
     def open(self) -> Iterator[_Shard]:
-        """Create the file with its header; closed at the end of the block."""
+        """Create the file, all its space reserved, with its header; closed at the end of the block."""
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
+            reserve(self.descriptor, self.num_bytes, self.path)
             _write_all(self.descriptor, memoryview(self.header), 0)
             yield self
         finally:
@@ -227,15 +229,15 @@ class _Shard:
 
     def write(self, tensor: TensorPlan, position: int, block: Tensor) -> None:
         """Put elements of a tensor in their place."""
-        offset = self._offset(tensor) + position * tensor.dtype.itemsize
-        _write_all(self.descriptor, block.view(torch.uint8).numpy().data, offset)
+        _write_all(self.descriptor, bytes_of(block), self.offset(tensor) + position * tensor.dtype.itemsize)
 
     def flush(self, tensor: TensorPlan, start: int, stop: int) -> None:
         """These elements are written: the disk may begin with them."""
         size = tensor.dtype.itemsize
-        write_back(self.descriptor, self._offset(tensor) + start * size, (stop - start) * size)
+        write_back(self.descriptor, self.offset(tensor) + start * size, (stop - start) * size)
 
-    def _offset(self, tensor: TensorPlan) -> int:
+    def offset(self, tensor: TensorPlan) -> int:
+        """The tensor's first byte in the file."""
         return len(self.header) + self.offsets[tensor.name]
 
 
@@ -251,52 +253,81 @@ def _stream(
     tasks: list[Task] = []
     for name, tensors in shards.items():
         for tensor in _largest_first(tensors):
-            sink, done = partial(_write, written[name], tensor), partial(_flush, written[name], tensor)
-            tasks += _tasks(plan, tensor, sink, non_finite, progress, options, done)
-    models = list(dict.fromkeys(path for checkpoint in plan.checkpoints for path in checkpoint.files))
-    soups = [shard.path for files in written.values() for shard in files]
-    hashing = {path: partial(hash_file, path, options.hash) for path in [*models, *soups]}
-    # The models last, as small pieces of work that keep everyone busy to the end.
-    num_merging = len(tasks)
-    tasks += [hashing[path] for path in models]
+            open_streams = partial(_streams_to_files, plan, tensor, written[name], options)
+            tasks += tensor_tasks(tensor, plan.method, open_streams, non_finite, progress, options.device)
     many = options.num_threads > 1 and plan.num_bytes >= WORTH_FORKING
     if many and options.device.type == "cpu" and can_fork():
-        hashes = run_forked(tasks, options.num_threads, progress, non_finite)[num_merging:]
+        digests = run_forked(tasks, options.num_threads, progress, non_finite)
     else:
-        hashes = run(tasks, options.num_threads, progress)[num_merging:]
-    hashes += run([hashing[path] for path in soups], options.num_threads, progress)
-    return dict(zip([*models, *soups], hashes, strict=True))
-
-
-def _write(files: Sequence[_Shard], tensor: TensorPlan, variant: int, position: int, block: Tensor) -> None:
-    files[variant].write(tensor, position, block)
-
-
-def _flush(files: Sequence[_Shard], tensor: TensorPlan, start: int, stop: int) -> None:
-    for shard in files:
-        shard.flush(tensor, start, stop)
-
-
-def _tasks(
-    plan: FolderPlan,
-    tensor: TensorPlan,
-    sink: Callable[[int, int, Tensor], None],
-    non_finite: NonFinite,
-    progress: Progress,
-    options: FolderOptions,
-    done: Callable[[int, int], None] = lambda start, stop: None,
-) -> list[Task]:
-    return tensor_tasks(
-        tensor, plan.method, lambda: _readers(plan, tensor), sink, non_finite, progress, options.device, done
-    )
+        digests = run(tasks, options.num_threads, progress)
+    known = {piece: digest for found in digests for piece, digest in found.items()}
+    paths = [path for checkpoint in plan.checkpoints for path in checkpoint.files]
+    paths += [shard.path for files in written.values() for shard in files]
+    paths = list(dict.fromkeys(paths))
+    hashing = [partial(hash_file, path, options.hash, known=known) for path in paths]
+    return dict(zip(paths, run(hashing, options.num_threads, progress), strict=True))
 
 
 @contextmanager
-def _readers(plan: FolderPlan, tensor: TensorPlan) -> Iterator[Readers]:
+def _streams_to_files(
+    plan: FolderPlan, tensor: TensorPlan, shards: Sequence[_Shard], options: FolderOptions, start: int, stop: int
+) -> Iterator[Streams]:
+    """From the models' files to the shards, one for each variant. The result: digests of the pieces that went by."""
+    hashers: list[TensorHasher] = []
+
+    def hashed(source: TensorSource, reader: Reader) -> Reader:
+        if options.hash != DEFAULT or not isinstance(source, StoredTensor):
+            return reader  # the file is read again, and hashed, when all is done
+        hasher = TensorHasher(source.path, source.offset, start, prod(source.shape))
+        hashers.append(hasher)
+
+        def read(first: int, last: int) -> Tensor:
+            block = reader(first, last)
+            hasher.feed(first, block)
+            return block
+
+        return read
+
+    outputs = [TensorHasher(shard.path, shard.offset(tensor), start, tensor.num_elements) for shard in shards]
+
+    def sink(variant: int, position: int, block: Tensor) -> None:
+        if options.hash == DEFAULT:
+            outputs[variant].feed(position, block)
+        shards[variant].write(tensor, position, block)
+
+    def finish() -> dict[Piece, bytes]:
+        for shard in shards if options.sync else []:
+            shard.flush(tensor, start, stop)
+        return {piece: digest for hasher in [*hashers, *outputs] for piece, digest in hasher.digests.items()}
+
+    with _readers(plan, tensor, hashed) as readers:
+        yield Streams(readers, sink, finish)
+
+
+@contextmanager
+def _streams_to_memory(
+    plan: FolderPlan, tensor: TensorPlan, soups: Sequence[Tensor], start: int, stop: int
+) -> Iterator[Streams]:
+    """From the models' files to the flat tensors, one for each variant."""
+
+    def sink(variant: int, position: int, block: Tensor) -> None:
+        soups[variant][position : position + block.numel()] = block
+
+    with _readers(plan, tensor) as readers:
+        yield Streams(readers, sink)
+
+
+@contextmanager
+def _readers(
+    plan: FolderPlan,
+    tensor: TensorPlan,
+    wrapped: Callable[[TensorSource, Reader], Reader] = lambda source, reader: reader,
+) -> Iterator[Readers]:
     with ExitStack() as stack:
 
-        def opened(checkpoints: Sequence[Checkpoint]) -> list[Any]:
-            return [stack.enter_context(checkpoint.tensors[tensor.name].open()) for checkpoint in checkpoints]
+        def opened(checkpoints: Sequence[Checkpoint]) -> list[Reader]:
+            sources = [checkpoint.tensors[tensor.name] for checkpoint in checkpoints]
+            return [wrapped(source, stack.enter_context(source.open())) for source in sources]
 
         base = opened([plan.base])[0] if plan.base else None
         fishers = opened(plan.fishers) if tensor.working_dtype is not None else []
@@ -333,13 +364,18 @@ def _check_target(plan: FolderPlan, out: Path, overwrite: bool) -> None:
 
 
 def _check_space(plan: FolderPlan, outs: Sequence[Path]) -> None:
-    parent = next(folder for folder in outs[0].parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < plan.num_bytes:
-        raise MergeError(
-            f"{parent} has {free / 1e9:.1f} GB free, and the soup takes {plan.num_bytes / 1e9:.1f} GB: "
-            "free some space or choose another output folder"
-        )
+    needed: dict[int, int] = {}  # by file system
+    for out in outs:
+        parent = next(folder for folder in out.parents if folder.exists())
+        device = parent.stat().st_dev
+        needed[device] = needed.get(device, 0) + plan.num_bytes // len(outs)
+        free = shutil.disk_usage(parent).free
+        if free < needed[device]:
+            what = "the soup takes" if len(outs) == 1 else f"the soups up to {out.name} take"
+            raise MergeError(
+                f"{parent} has {size(free)} free, and {what} {size(needed[device])}: "
+                "free some space or choose another output folder"
+            )
 
 
 def _shards(plan: FolderPlan, max_shard_size: int | None) -> dict[str, list[TensorPlan]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from soupkit.blocks import NonFinite, Readers, require_equal
-from soupkit.engine import Progress, run, tensor_tasks
+from soupkit.engine import Progress, Streams, run, tensor_tasks
 from soupkit.errors import MergeError
 from soupkit.methods import find_method
 from soupkit.planning import Models, TensorPlan, parameters_by_name, plan_tensors
@@ -94,14 +94,13 @@ def _tasks(
 ) -> list[Any]:
     flat = [soup[plan.name].view(-1) for soup in soups]
 
-    @contextmanager
-    def open_readers() -> Iterator[Readers]:
-        yield _readers(recipe, labels, plan.name)
-
     def sink(variant: int, position: int, block: Tensor) -> None:
         flat[variant][position : position + block.numel()] = block
 
-    return tensor_tasks(plan, find_method(recipe.method), open_readers, sink, non_finite, progress, device)
+    def open_streams(start: int, stop: int) -> AbstractContextManager[Streams]:
+        return nullcontext(Streams(_readers(recipe, labels, plan.name), sink))
+
+    return tensor_tasks(plan, find_method(recipe.method), open_streams, non_finite, progress, device)
 
 
 def _models(recipe: Recipe) -> Models:

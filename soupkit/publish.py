@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import shutil
@@ -11,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _LIVE: set[Path] = set()  # temporary folders that this process is filling
-_SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None) if os.name == "posix" else None
+_LIBC = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+_SYNC_FILE_RANGE = getattr(_LIBC, "sync_file_range", None)
+_FALLOCATE = getattr(_LIBC, "fallocate", None)
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -55,6 +58,18 @@ def published_folder(out: Path, overwrite: bool, *, sync: bool = True) -> Iterat
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # what failed, or what was replaced
         _LIVE.discard(partial)
+
+
+def reserve(descriptor: int, num_bytes: int, path: Path) -> None:
+    """Give a file its size and its place on the disk, where the system can (Linux). Raises OSError on a full disk.
+
+    It says that the disk is too small before any work is done, and makes writing cheaper. Not ``os.posix_fallocate``,
+    which where the file system cannot reserve writes the whole file instead.
+    """
+    if _FALLOCATE is not None and _FALLOCATE(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(num_bytes)):
+        number = ctypes.get_errno()
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(number, os.strerror(number), str(path))
 
 
 def write_back(descriptor: int, offset: int, num_bytes: int) -> None:

@@ -72,7 +72,7 @@ class StoredTensor:
                 if buffer.numel() < stop - start:
                     buffer = torch.empty(stop - start, dtype=self.dtype)
                 block = buffer[: stop - start]
-                view = block.view(torch.uint8).numpy().data
+                view = bytes_of(block)
                 position = self.offset + start * self.dtype.itemsize
                 while view:
                     num_read = os.preadv(descriptor, [view], position)
@@ -82,6 +82,11 @@ class StoredTensor:
                 return block
 
             yield read
+
+
+def bytes_of(block: Tensor) -> memoryview:
+    """The bytes of a flat tensor, as they are stored."""
+    return block.view(torch.uint8).numpy().data
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import xxhash
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -180,3 +182,20 @@ def ppo_arguments(checkpoints: dict[str, Path], prompt_file: Path, run: Path, **
         elif value is not None:
             arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return arguments
+
+
+def xxh3_tree(path: Path, piece: int = 2**24) -> str:
+    """The hash that soup.json has of a file, from its definition, read as a whole."""
+    content = path.read_bytes()
+    parts = [content]
+    if path.suffix == ".safetensors":
+        header_bytes = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:header_bytes])
+        header.pop("__metadata__", None)
+        itemsize = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "BOOL": 1}
+        parts = [content[:header_bytes]]
+        for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
+            begin, end = (header_bytes + offset for offset in entry["data_offsets"])
+            step = piece * itemsize[entry["dtype"]]
+            parts += [content[start : min(start + step, end)] for start in range(begin, end, step)]
+    return xxhash.xxh3_128_hexdigest(b"".join(xxhash.xxh3_128_digest(part) for part in parts))

@@ -83,5 +83,5 @@ def test_description_names_folders_weights_and_hashes(checkpoints: dict[str, Pat
     description = describe_reference(folders, [1.0, 3.0])
     assert [ingredient["folder"] for ingredient in description["ingredients"]] == folders
     assert [entry["weight"] for entry in description["recipe"]["models"]] == [1.0, 3.0]
-    hashes = [next(iter(ingredient["files"].values()))["xxh3_128"] for ingredient in description["ingredients"]]
+    hashes = [next(iter(ingredient["files"].values()))["xxh3_tree"] for ingredient in description["ingredients"]]
     assert len(set(hashes)) == 2

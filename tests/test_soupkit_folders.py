@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import xxhash
+from helpers import xxh3_tree
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -165,7 +165,9 @@ def test_the_output_folder(tmp_path):
     assert record["ingredients"][1] == {
         "folder": str(folders[1]),
         "role": "ingredient",
-        "files": {"model.safetensors": {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}},
+        "files": {
+            "model.safetensors": {"bytes": len(content), "xxh3_tree": xxh3_tree(folders[1] / "model.safetensors")}
+        },
     }
     entries = [{"model": str(folder), "weight": weight} for folder, weight in zip(folders, (1.0, 3.0), strict=True)]
     assert record["recipe"] == {"method": "linear", "models": entries, "dtype": "bfloat16"}
@@ -332,9 +334,9 @@ import soupkit
 def peak():  # not ru_maxrss: a child starts with its parent's
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-before = peak()
-soupkit.average(sys.argv[1:3], out=sys.argv[3], progress=False)
-soupkit.interpolate(*sys.argv[1:3], 0.3, method="slerp", out=sys.argv[3] + "-slerp", progress=False)
+before, options = peak(), {"num_threads": 1, "progress": False}  # several threads peak together or not, by chance
+soupkit.average(sys.argv[1:3], out=sys.argv[3], **options)
+soupkit.interpolate(*sys.argv[1:3], 0.3, method="slerp", out=sys.argv[3] + "-slerp", **options)
 print(peak() - before)
 """
 
@@ -344,7 +346,7 @@ def test_memory_is_bounded_by_blocks_not_by_models_or_tensors(tmp_path):
     folders = [save(tmp_path / name, {"one": torch.full((40_000_000,), 0.5, dtype=torch.bfloat16)}) for name in "ab"]
     arguments = [*map(str, folders), str(tmp_path / "soup")]
     done = subprocess.run([sys.executable, "-c", PEAK_MEMORY, *arguments], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 50e6  # a model is 80 MB, and so is its one tensor
+    assert int(done.stdout) < 35e6  # a model is 80 MB, and so is its one tensor
     shutil.rmtree(tmp_path)
 
 
@@ -487,8 +489,12 @@ def test_an_index_must_match_its_shards(tmp_path):
 
 def test_a_full_disk_is_found_before_the_first_tensor(pair, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(MergeError, match=r"has 0.0 GB free, and the soup takes 0.0 GB: free some space"):
+    with pytest.raises(MergeError, match=r"has 0 B free, and the soup takes \d+ B: free some space"):
         soupkit.average(pair, out=tmp_path / "soup", progress=False)
+    one = sum(path.stat().st_size for path in pair[0].glob("*.safetensors"))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(one, 0, 2 * one))
+    with pytest.raises(MergeError, match=r"and the soups up to t-0.75 take"):
+        soupkit.sweep(*pair, [0.25, 0.5, 0.75], out=tmp_path / "sweep", progress=False)
 
 
 def test_sizes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import soupkit
+import soupkit.folder
 from soupkit import Recipe
 from soupkit.hashing import hash_file
 from soupkit.processes import can_fork
@@ -130,6 +131,28 @@ def test_a_disk_that_fills_up(models, tmp_path, monkeypatch, room, worth_forking
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert hashes([old]) == content
     assert hashes(models) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(errno.ENOSPC, "No space left on device"), (errno.EDQUOT, "Disk quota exceeded"), (errno.EOPNOTSUPP, None)],
+)
+def test_a_disk_without_room_is_noticed_before_the_first_tensor(models, tmp_path, monkeypatch, number, expected):
+    def refuse(descriptor: int, *_: object) -> int:
+        ctypes.set_errno(number)
+        return -1
+
+    read: list[int] = []
+    tensor_tasks = soupkit.folder.tensor_tasks
+    monkeypatch.setattr("soupkit.folder.tensor_tasks", lambda *rest: read.append(1) or tensor_tasks(*rest))
+    monkeypatch.setattr("soupkit.publish._FALLOCATE", refuse)
+    if expected is None:  # a file system that cannot reserve
+        soupkit.average(models, out=tmp_path / "soup", progress=False)
+        return
+    with pytest.raises(OSError, match=expected):
+        soupkit.average(models, out=tmp_path / "soup", progress=False)
+    assert not read
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_shrinks_during_the_merge(models, tmp_path, monkeypatch):

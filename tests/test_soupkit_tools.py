@@ -631,13 +631,13 @@ def test_nothing_outside_the_folder_is_read(soup, monkeypatch, name, of_ingredie
 
 def test_either_hash_is_checked_and_the_stronger_counts(soup):
     weights = soup / "model.safetensors"
-    fast = {"bytes": 4000, "xxh3_128": xxhash.xxh3_128_hexdigest(weights.read_bytes())}
+    fast = {"bytes": 4000, "xxh3_tree": xxhash.xxh3_128_hexdigest(xxhash.xxh3_128_digest(weights.read_bytes()))}
     strong = entry(weights)
     config = {"config.json": entry(soup / "config.json")}
     for good, bad in (
-        (fast, fast | {"xxh3_128": "0" * 32}),
+        (fast, fast | {"xxh3_tree": "0" * 32}),
         (fast | strong, fast | {"sha256": "0" * 64}),
-        ({"bytes": 4000, "xxh3_128": "0" * 32} | strong, {"bytes": 4000, "sha256": "0" * 64}),
+        ({"bytes": 4000, "xxh3_tree": "0" * 32} | strong, {"bytes": 4000, "sha256": "0" * 64}),
     ):
         write_record(soup, config | {"model.safetensors": good})
         assert check(soup).ok
