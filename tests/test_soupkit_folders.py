@@ -493,8 +493,8 @@ def test_a_full_disk_is_found_before_the_first_tensor(pair, tmp_path, monkeypatc
         soupkit.average(pair, out=tmp_path / "soup", progress=False)
     one = sum(path.stat().st_size for path in pair[0].glob("*.safetensors"))
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(one, 0, 2 * one))
-    with pytest.raises(MergeError, match=r"and the soups up to c take"):
-        soupkit.sweep(*pair, [0.2, 0.5, 0.8], outs=[tmp_path / name for name in "abc"], progress=False)
+    with pytest.raises(MergeError, match=r"and the soups up to z take"):
+        soupkit.sweep(*pair, [0.2, 0.5, 0.8], outs=[tmp_path / name for name in "xyz"], progress=False)
 
 
 def test_sizes():
