@@ -196,11 +196,13 @@ class _WholeTensor:
         """The exact values at 0-based ``ranks`` of each quantity in ascending order."""
 
         def scan(stride: int) -> Iterator[list[np.ndarray]]:
+            unclean = stride == 1 and (self.non_finite.allowed or not self.surveyed)
             for span in self.spans():
                 blocks = self.read(*span, 1 if rowwise else stride)
-                quantities = function(self._clean(span, blocks) if stride == 1 else blocks)
+                quantities = function(self._clean(span, blocks) if unclean else blocks)
                 thinned = [x.flatten()[::stride].clone() if rowwise and stride > 1 else x.flatten() for x in quantities]
                 yield [x.cpu().numpy() for x in thinned]
+            self.surveyed |= unclean
 
         return order_statistics(scan, self.num_elements, ranks)
 
@@ -223,7 +225,6 @@ class _WholeTensor:
 
     def _clean(self, span: tuple[int, int], blocks: Blocks) -> Blocks:
         """For a survey: finite values only. Where others are allowed they count as 0, so that they stay in place."""
-        self.surveyed = True
         models = self._models(blocks)
         if _sums_are_finite(models):
             return blocks

@@ -21,6 +21,7 @@ Scan = Callable[[int], Iterator[Sequence[Values]]]
 
 SAMPLE = 2**15  # values in a sample; so few are simply sorted
 COLLECTED = 2**20  # values that a pass may collect per question
+COUNT_ONLY = 2**40  # a stride that collects nothing
 
 
 @dataclass
@@ -36,7 +37,7 @@ class _Question:
     sample: Values  # sorted
     bracket: tuple[np.floating, np.floating]
     stride: int = 1
-    alone: bool = False  # whether the bracket holds one value, which an earlier bracket ended at
+    num_missed: int = 0  # brackets that did not hold the value
     answer: float | None = None
 
     def propose(self) -> None:
@@ -46,18 +47,20 @@ class _Question:
         share = (self.rank - self.num_below) / max(num, 1)
         margin = 4 * math.sqrt(size * share * (1 - share)) + 4
         first, last = math.floor(share * size - margin), math.ceil(share * size + margin)
-        low = inside[first] if first >= 0 else self.low
-        high = inside[last] if last < size else self.high
-        if low == high:  # a value that many share: ask for it alone
-            low, high = _before(low), _after(high)
+        # Open intervals, whose ends lie beside values of the sample: many may share one of those (16-bit models).
+        low = _before(inside[first]) if first >= 0 else self.low
+        high = _after(inside[last]) if last < size else self.high
+        num_sampled = int(np.count_nonzero((inside > low) & (inside < high)))
+        self.stride = max(1, math.ceil((num * num_sampled / size if size else num) / COLLECTED))
+        if self.stride > 1 and size:  # too many to collect: perhaps because they are all the same?
+            likely = inside[min(int(share * size), size - 1)]
+            if 4 * np.count_nonzero(inside == likely) > num_sampled:
+                low, high, self.stride = _before(likely), _after(likely), COUNT_ONLY
         self.bracket = low, high
-        expected = num * min(1.0, 2 * margin / size) if size else num
-        self.stride = max(1, math.ceil(expected / COLLECTED))
 
     def learn(self, num_below: int, num_to_high: int, collected: Values) -> None:
         """Take in a pass: values ≤ the bracket's low end, values < its high end, every stride-th value inside."""
         low, high = self.bracket
-        alone, self.alone = self.alone, False
         if num_below <= self.rank < num_to_high:
             self.low, self.high, self.num_below, self.num_to_high = low, high, num_below, num_to_high
             if _after(low) >= _before(high):
@@ -67,22 +70,21 @@ class _Question:
             else:
                 self.sample = np.sort(collected)
                 self.propose()
-        elif self.rank < num_below:  # v ≤ low: is it low itself?
-            self.high, self.num_to_high = _after(low), num_below
-            self._miss(low, alone)
-        else:  # v ≥ high
-            self.low, self.num_below = _before(high), num_to_high
-            self._miss(high, alone)
+        elif self.rank < num_below:
+            self._miss(low, self.low, _after(low), self.num_below, num_below)
+        else:
+            self._miss(high, _before(high), self.high, num_to_high, self.num_to_high)
 
-    def _miss(self, end: np.floating, was_alone: bool) -> None:
-        """v lies at or beyond an end of the bracket: is it that end, which many values may share? If not, go on."""
+    def _miss(self, end: np.floating, low: np.floating, high: np.floating, num_below: int, num_to_high: int) -> None:
+        """v lies at an end of the bracket or beyond."""
+        self.low, self.high, self.num_below, self.num_to_high = low, high, num_below, num_to_high
+        self.num_missed += 1
         if not np.isfinite(end):
             self.answer = float(end)
-        elif was_alone:
-            self.sample = self.sample[:0]  # it has misled twice: the next pass takes another
-            self.propose()
-        else:
-            self.alone, self.bracket, self.stride = True, (_before(end), _after(end)), 2**40
+            return
+        if self.num_missed > 1:  # the sample misleads: the next pass takes another
+            self.sample = self.sample[:0]
+        self.propose()
 
 
 def order_statistics(scan: Scan, num_elements: int, ranks: Sequence[Sequence[int]]) -> list[list[float]]:

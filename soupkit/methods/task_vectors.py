@@ -169,8 +169,8 @@ def survey_sce(whole: Whole, select_topk: float) -> dict[str, Any]:
 def sce(blocks: Blocks, least: float, weight: Sequence[float], select_topk: float) -> Tensor:
     """Select the positions that vary most, weigh models by energy there, and average those of the elected sign."""
     selected = _selected(blocks, least)
-    elected = sum(selected[1:], selected[0])
-    return blocks.origin + _agreeing([d * w for d, w in zip(selected, weight, strict=True)], weight, elected, True)
+    weighted = [d * w for d, w in zip(selected, weight, strict=True)]
+    return blocks.origin + _agreeing(weighted, weight, _new_sum(selected), True)
 
 
 def survey_model_stock(whole: Whole, filter_wise: bool) -> dict[str, Any]:
@@ -311,10 +311,19 @@ def _add(
     factors: Sequence[float] | None = None,
 ) -> Tensor:
     """base + λ times the weighted sum of the deltas, or of those with the elected sign. Reuses the deltas."""
-    scales = [w * f for w, f in zip(weight, factors or [1.0] * len(weight), strict=True)]
+    ones = [1.0] * len(weight)
+    factors = ones if factors is None else factors
+    scales = [w * f for w, f in zip(weight, factors, strict=True)]
     if consensus:
+        common = 1.0
+        if len(set(weight)) == len(set(factors)) == 1 and weight[0] > 0:
+            # Equal weights, the usual case: they elect nobody else, and are one product instead of two for each model.
+            common = factors[0] if normalize else scales[0]
+            weight = scales = ones
         weighted = [d if scale == 1 else d.mul_(scale) for d, scale in zip(deltas, scales, strict=True)]
-        total = _agreeing(weighted, weight, sum(weighted[1:], weighted[0]), normalize)
+        total = _agreeing(weighted, weight, _new_sum(weighted), normalize)
+        if common != 1:
+            total *= common
     else:
         sum_of_weights = math.fsum(weight)
         # Equal weights, the usual case, are one product instead of one for each model.
@@ -327,10 +336,11 @@ def _add(
 def _agreeing(weighted: Sequence[Tensor], weight: Sequence[float], elected: Tensor, normalize: bool) -> Tensor:
     """Σ wᵢ dᵢ over those with the sign of ``elected`` (+ for 0), divided by their Σ wᵢ with ``normalize``.
 
-    0 agrees with neither sign, and a sum of weights of 0 divides by 1. weighted: the wᵢ dᵢ, which are overwritten.
+    0 agrees with neither sign, and a sum of weights of 0 divides by 1. weighted: the wᵢ dᵢ, which are overwritten, as
+    ``elected`` is.
     """
     one = torch.ones((), dtype=elected.dtype, device=elected.device)
-    sign = torch.copysign(one, elected + 0.0)  # −0 counts as +
+    sign = torch.copysign(one, elected.add_(0.0))  # −0 counts as +
     agreeing = [x.mul_(sign).relu_() for x in weighted]
     divisor = None
     if normalize:
@@ -351,5 +361,13 @@ def _sum(blocks: Sequence[Tensor]) -> Tensor:
     """The sum, in the place of the first block."""
     total = blocks[0]
     for block in blocks[1:]:
+        total += block
+    return total
+
+
+def _new_sum(blocks: Sequence[Tensor]) -> Tensor:
+    """The sum, in memory of its own."""
+    total = blocks[0] + blocks[1] if len(blocks) > 1 else blocks[0].clone()
+    for block in blocks[2:]:
         total += block
     return total
