@@ -20,7 +20,8 @@ from soupkit.lora import is_adapter
 from soupkit.memory import MemoryOptions, merge_modules, merge_state_dicts, merge_tensors
 from soupkit.planning import parse_dtype
 from soupkit.publish import check_output
-from soupkit.recipe import Recipe, Settings, load_recipe
+from soupkit.recipe import Recipe, load_recipe
+from soupkit.settings import Settings
 
 Model = Tensor | Mapping[str, Tensor] | Module | str | Path
 

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import torch
 
 from soupkit.errors import MergeError
+from soupkit.layers import layer_positions
 from soupkit.methods import find_method
-from soupkit.recipe import Recipe, check_names, layer_positions, resolve
+from soupkit.recipe import Recipe, check_names, resolve
 from soupkit.sources import merge_dtype, wider_dtype
 
 SOUP_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}

@@ -13,7 +13,9 @@ import yaml
 from helpers import ROOT, run_python
 
 from soupkit import METHODS, MergeError
-from soupkit.recipe import NOT_SUPPORTED, Recipe, check_names, layer_positions, load_recipe, resolve
+from soupkit.layers import layer_positions
+from soupkit.recipe import Recipe, check_names, load_recipe, resolve
+from soupkit.recipe_forms import NOT_SUPPORTED
 
 LINEAR = """
 models:
@@ -795,7 +797,7 @@ def test_int8_mask_changes_nothing():
 
 def test_reading_recipes_imports_yaml_and_soupkit_alone_does_not():
     script = (
-        "import sys, soupkit.recipe as r; assert 'yaml' not in sys.modules; "
+        "import sys, soupkit.recipe_forms as r; assert 'yaml' not in sys.modules; "
         "r._parse_yaml('a: 1'); assert 'yaml' in sys.modules"
     )
     process = run_python(["-c", script])
