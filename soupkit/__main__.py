@@ -276,11 +276,9 @@ def _methods(arguments: argparse.Namespace) -> int:
 
 
 def _describe(name: str, method: Method) -> str:
-    least, most = method.min_ingredients, method.max_ingredients
-    count = f"{least} or more" if most is None else f"exactly {least}" if least == most else f"at most {most}"
     base = {"none": "no base", "optional": "a base if you like", "required": "a base"}[method.base]
     passes = "reads each model once" if method.survey is None else "reads each model more than once"
-    needs = [f"{count} models", base, *(["Fisher information"] if method.needs_fishers else []), passes]
+    needs = [f"{method.num_models} models", base, *(["Fisher information"] if method.needs_fishers else []), passes]
     lines = [("formula", method.formula), ("needs", ", ".join(needs))]
     for key, parameter in method.parameters.items():
         default = "required" if parameter.required else f"default {json.dumps(parameter.default)}"

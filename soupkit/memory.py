@@ -141,7 +141,7 @@ def _tensors_only(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _common_ties(states: Sequence[State], labels: Sequence[str]) -> dict[str, str]:
     """Name to the earlier name it shares its tensor with. Raises MergeError when models tie different names."""
-    ties_of = [_ties({name: state[name] for name in states[0]}) for state in states]
+    ties_of = [shared_tensors({name: state[name] for name in states[0]}) for state in states]
     ties = {name: partner for found in ties_of for name, partner in found.items()}
     for state, found, label in zip(states, ties_of, labels, strict=False):
         for name, partner in ties.items():
@@ -153,7 +153,8 @@ def _common_ties(states: Sequence[State], labels: Sequence[str]) -> dict[str, st
     return ties
 
 
-def _ties(state: State) -> dict[str, str]:
+def shared_tensors(state: State) -> dict[str, str]:
+    """Name to the earlier name that it shares its tensor with: the same memory, seen the same way."""
     owners: dict[tuple[Any, ...], str] = {}
     ties = {}
     for name, tensor in state.items():

@@ -19,6 +19,7 @@ from soupkit.layers import stack_sizes
 from soupkit.methods import Method, Parameter, find_method
 from soupkit.recipe_forms import read_content, read_file, read_ours, unsupported_revision
 from soupkit.settings import EVERY_TENSOR, Settings, check_settings, evaluate, filters_of, parse_settings
+from soupkit.tables import dtype_name
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Recipe:
         if self.parameters:
             content["parameters"] = dict(self.parameters)
         if self.dtype is not None:
-            content["dtype"] = str(self.dtype).removeprefix("torch.")
+            content["dtype"] = dtype_name(self.dtype)
         if self.tokenizer is not None:
             content["tokenizer"] = self.tokenizer
         if self.num_layers is not None:

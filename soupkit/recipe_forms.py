@@ -19,6 +19,7 @@ from typing import Any
 from soupkit.errors import MergeError
 from soupkit.methods import Method, find_method
 from soupkit.settings import WITHOUT_EFFECT, Settings, check_settings, overlaid, parse_settings
+from soupkit.tables import dtype_name
 
 Fields = dict[str, Any]  # of a Recipe, by name
 Source = tuple[str, Settings]  # a model in mergekit's form, with its parameters
@@ -292,7 +293,7 @@ def _text(content: Mapping[str, Any], key: str) -> str:
 
 
 def _dtype(content: Mapping[str, Any], key: str) -> str | None:
-    return None if content.get(key) is None else _text(content, key).removeprefix("torch.")
+    return None if content.get(key) is None else dtype_name(_text(content, key))
 
 
 def _count(value: Any, key: str) -> int | None:

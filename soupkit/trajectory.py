@@ -9,8 +9,8 @@ from typing import Any, Unpack
 
 from soupkit.api import Model, Options, merge
 from soupkit.errors import MergeError
-from soupkit.planning import name_list
 from soupkit.recipe import Recipe
+from soupkit.tables import name_list
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 

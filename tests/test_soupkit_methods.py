@@ -378,7 +378,7 @@ def test_weights_are_normalised():
 
 ONE = torch.ones(2)
 BAD_CALLS = {
-    "no model": (lambda: soupkit.average([]), "found 0 models to merge: linear takes at least 1"),
+    "no model": (lambda: soupkit.average([]), "found 0 models to merge: linear takes 1 or more"),
     "one model": (lambda: soupkit.average(ONE), "found one Tensor where a list of models belongs"),
     "one folder": (lambda: soupkit.average("runs/sft1"), "found one str where a list of models belongs"),
     "mixed": (lambda: soupkit.average([ONE, {"a": ONE}]), "model 1 is a tensor and model 2 is a state dict"),

@@ -632,6 +632,12 @@ def test_fisher_files(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["fisher"]
 
 
+def test_fisher_files_hold_what_two_names_share_once(tmp_path):
+    x = torch.tensor([1.0, 2.0])
+    folder = save_fisher({"embed": x, "head": x.view(2), "norm": x.clone()}, tmp_path / "fisher")
+    assert list(load_file(folder / "model.safetensors")) == ["embed", "norm"]
+
+
 def test_fisher_files_serve_a_merge(tmp_path):
     torch.manual_seed(0)
     models = [Normed().eval() for _ in range(2)]

@@ -63,12 +63,6 @@ class Whole(Protocol):
     def num_elements(self) -> int: ...
 
     @property
-    def num_ingredients(self) -> int: ...
-
-    @property
-    def has_base(self) -> bool: ...
-
-    @property
     def shape(self) -> tuple[int, ...]: ...
 
     def total(self, function: Callable[[Blocks], Tensor]) -> Tensor:
@@ -145,13 +139,19 @@ class Method:
     shows_non_finite: bool = True  # whether a NaN or infinite value of any model shows in the result
     check: Callable[[Mapping[str, Any]], object] = lambda parameters: None  # raises MergeError for a bad combination
 
+    @property
+    def num_models(self) -> str:
+        """How many models it takes beside the base, in words."""
+        least, most = self.min_ingredients, self.max_ingredients
+        if most is None:
+            return f"{least} or more"
+        return f"exactly {least}" if least == most else f"{least} to {most}"
+
     def require_fit(self, name: str, num_ingredients: int, has_base: bool, num_fishers: int) -> None:
         """Raise MergeError unless the method can be applied to so many models."""
-        least, most = self.min_ingredients, self.max_ingredients
-        if num_ingredients < least or (most is not None and num_ingredients > most):
-            count = f"exactly {least}" if least == most else f"at least {least}" if most is None else f"at most {most}"
+        if not self.min_ingredients <= num_ingredients <= (self.max_ingredients or num_ingredients):
             beside = " beside the base" if has_base else ""
-            raise MergeError(f"found {num_ingredients} models to merge{beside}: {name} takes {count}")
+            raise MergeError(f"found {num_ingredients} models to merge{beside}: {name} takes {self.num_models}")
         if self.base == "required" and not has_base:
             raise MergeError(f"{name} needs a base model, the one that the others were fine-tuned from: give base")
         if self.base == "none" and has_base:
