@@ -18,7 +18,7 @@ from soupkit.errors import MergeError
 from soupkit.layers import stack_sizes
 from soupkit.methods import Method, Parameter, find_method
 from soupkit.recipe_forms import read_content, read_file, read_ours, unsupported_revision
-from soupkit.settings import EVERY_TENSOR, Settings, check_settings, evaluate, filters_of, parse_settings
+from soupkit.settings import EVERY_TENSOR, Settings, check_settings, evaluate, filters_of, parse_settings, values_of
 from soupkit.tables import dtype_name
 
 
@@ -81,6 +81,7 @@ class Recipe:
                 "mapping per model, {} where a model has none of its own"
             )
         check_settings(self.parameters, self.method, method)
+        _require_enough_models(self.parameters, method, len(self.models))
         for number, (model, own) in enumerate(zip(self.models, self.model_parameters, strict=True), start=1):
             owner = f"model {model if isinstance(model, (str, Path)) else number}"
             check_settings(own, self.method, method, owner)
@@ -214,6 +215,14 @@ def _seen_from_here(model: str, folder: Path) -> str:
         return str(folder / model)
     parts = model.split("+")
     return model if len(parts) == 1 else "+".join(_seen_from_here(part, folder) for part in parts)
+
+
+def _require_enough_models(settings: Settings, method: Method, num_models: int) -> None:
+    """Refuse to take more models than there are."""
+    for key in settings.keys() & {key for key, parameter in method.parameters.items() if parameter.counts_models}:
+        asked = max(values_of(settings[key]))
+        if asked > num_models:
+            raise MergeError(f"{key} is {asked}, and there are {num_models} models: choose at most {num_models}")
 
 
 def _refuse_revision(model: str) -> None:

@@ -131,6 +131,7 @@ def _number(key: str, value: Any) -> bool | int | float:
     if isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, str):  # YAML 1.1 reads 1e-4, without a point, as text
-        with suppress(ValueError):
-            return float(value)
+        for kind in (int, float):  # a seed may have more digits than a float
+            with suppress(ValueError):
+                return kind(value)
     raise MergeError(f"parameter {key!r} is {value!r}: give a number, a list of numbers over the layers, or filters")

@@ -238,6 +238,32 @@ def test_values_have_their_parameters_kind():
     assert type(values["seed"]) is int
 
 
+@pytest.mark.parametrize("seed", [2**53 + 1, -(2**60) - 1, 10**400], ids=["2**53", "2**60", "10**400"])
+def test_large_whole_numbers_keep_their_digits(seed, tmp_path):
+    recipe = Recipe("dare_ties", ["a"], base="base", parameters={"weight": 1, "seed": seed})
+    for same in (recipe, replace(recipe, parameters={"weight": 1, "seed": str(seed)})):
+        same.validate()
+        assert at(same)["seed"] == seed
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    assert load_recipe(tmp_path / "recipe.json") == recipe
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"seed": True}, "seed is True: it must be a finite number"),
+        ({"seed": 0.5}, "seed is 0.5: it must be a whole number"),
+        ({"seed": "inf"}, "seed is inf: it must be a finite number"),
+        ({"lambda": True}, "lambda is True: it must be a finite number"),
+        ({"lambda": 10**400}, f"lambda is {10**400}: it must be a finite number"),
+    ],
+)
+def test_what_is_no_number_is_refused(parameters, message):
+    with pytest.raises(MergeError) as error:
+        Recipe("dare_ties", ["a"], base="base", parameters={"weight": 1} | parameters).validate()
+    assert str(error.value) == message
+
+
 def test_scientific_notation_is_a_number_though_yaml_reads_text(tmp_path):
     recipe = from_yaml(
         """
@@ -758,6 +784,10 @@ def test_models_that_do_not_fit_the_method_are_refused():
             recipe.validate()
     with pytest.raises(MergeError, match=r"^found parameters of 1 models for 2 models: give one mapping per model"):
         Recipe("linear", ["a", "b"], model_parameters=[{}]).validate()
+    for last in (3, [1, 3], [{"filter": "mlp", "value": 3}]):
+        with pytest.raises(MergeError, match=r"^last is 3, and there are 2 models: choose at most 2$"):
+            Recipe("lawa", ["a", "b"], parameters={"last": last}).validate()
+    Recipe("lawa", ["a", "b"], parameters={"last": 2}).validate()
     with pytest.raises(MergeError, match=r"^models is one str: give a list of models$"):
         Recipe("linear", "a")
     with pytest.raises(MergeError, match=r"^parameters are \[1\]: write name: value pairs$"):

@@ -276,7 +276,7 @@ METHODS: dict[str, Method] = {
         summary="latest weight averaging: the uniform average of a run's last checkpoints, the oldest first",
         formula="Σ xᵢ / k, over the last k",
         paper="Kaddour 2022, Stop wasting my time!, https://arxiv.org/abs/2209.14981",
-        parameters={"last": Parameter("how many checkpoints; all by default", int, low=1)},
+        parameters={"last": Parameter("how many checkpoints; all by default", int, low=1, counts_models=True)},
         shows_non_finite=False,
     ),
 }

@@ -89,6 +89,7 @@ class Parameter:
     per_ingredient: bool = False  # one value per ingredient; a single value serves all
     low: float | None = None
     high: float | None = None
+    counts_models: bool = False  # it cannot exceed the number of ingredients
 
     def check(self, name: str, value: Any) -> Any:
         """One value, brought to the parameter's kind. Raises MergeError for what is none or out of range."""
@@ -99,10 +100,11 @@ class Parameter:
                 raise MergeError(f"{name} is {value!r}: it must be true or false")
             return value
         try:
-            number = float(value)
-        except (TypeError, ValueError):
+            # Whole numbers stay as they are, however large: a seed may have more digits than a float.
+            number = value if self.kind is int and isinstance(value, int) else float(value)
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if isinstance(value, bool) or not math.isfinite(number):
+        if isinstance(value, bool) or not -math.inf < number < math.inf:
             raise MergeError(f"{name} is {value!r}: it must be a finite number")
         if self.kind is int and number != int(number):
             raise MergeError(f"{name} is {value!r}: it must be a whole number")
