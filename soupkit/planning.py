@@ -130,14 +130,6 @@ def parameters_by_name(recipes: Sequence[Recipe], names: Iterable[str]) -> Calla
     return variants_of
 
 
-def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating dtype from itself or its name (``"bfloat16"``). Raises MergeError for anything else."""
-    parsed = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if parsed is not None and parsed not in SOUP_DTYPES:
-        raise MergeError(f"dtype {dtype} cannot hold a soup: choose float16, bfloat16, float32 or float64")
-    return parsed
-
-
 def _require_same_names(first: Mapping[str, Described], other: Mapping[str, Described], a: str, b: str) -> None:
     missing = [name for name in first if name not in other]
     extra = [name for name in other if name not in first]

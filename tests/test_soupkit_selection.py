@@ -184,6 +184,16 @@ def test_greedy_refuses_an_existing_folder_before_it_evaluates(tmp_path):
         greedy_soup(folders, never, out=tmp_path / "b", progress=False)
 
 
+def test_greedy_takes_options_of_the_folder_it_writes(tmp_path):
+    folders = [save(tmp_path / name, {"w": torch.zeros(2), "v": torch.ones(2)}) for name in "ab"]
+    out = greedy_soup(folders, lambda state: 1.0, out=tmp_path / "soup", max_shard_size="8", progress=False).soup
+    assert len(list(out.glob("*.safetensors"))) == 2
+    with pytest.raises(MergeError, match=r"^max_shard_size 'much' is not a size"):
+        greedy_soup(folders, never, out=tmp_path / "other", max_shard_size="much", progress=False)
+    with pytest.raises(MergeError, match=r"^max_shard_size='8' is for a folder that is written: give out"):
+        greedy_soup(folders, never, max_shard_size="8", progress=False)
+
+
 def test_exceptions_of_evaluate_pass_through():
     error = RuntimeError("out of data")
 
