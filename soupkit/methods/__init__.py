@@ -238,7 +238,8 @@ METHODS: dict[str, Method] = {
         summary="take over only the changes that matter most to the rows' softmax",
         formula="base + d where |d| KL(softmax(x row) ‖ softmax(base row)) ≥ median + 1.5 (Q₃ − Q₁)",
         paper="Arcee AI 2024, Arcee Fusion, https://www.arcee.ai",
-        departures="quartiles of all values, not of a sample",
+        departures="quartiles of all values, not of a sample; with allow_nonfinite, one NaN or +∞ makes the KL of "
+        "its row NaN, so that the base's whole row stays",
         base="required",
         max_ingredients=1,
         survey=task_vectors.survey_arcee_fusion,
