@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from soupkit.blocks import NonFinite, Readers, require_equal
 from soupkit.engine import Progress, run, tensor_tasks
@@ -44,13 +44,11 @@ def merge_modules(recipes: Sequence[Recipe], options: MemoryOptions) -> list[Mod
     Tied parameters stay one parameter. Buffers that are not persistent, hooks and other attributes are the first's.
     """
     states = [_replaced(recipe, lambda module: _tensors_only(module.state_dict())) for recipe in recipes]
-    soups = []
-    for merged in merge_state_dicts(states, options):
-        soup = copy.deepcopy(recipes[0].models[0])
+    soups = [_shell(recipe.models[0]) for recipe in recipes]  # first: a module that cannot be copied fails at once
+    for soup, merged in zip(soups, merge_state_dicts(states, options), strict=True):
         # Swapping .data keeps each Parameter object, and with it ties, hooks and requires_grad.
         for name, tensor in _tensors_only(soup.state_dict(keep_vars=True)).items():
             tensor.data = merged[name]
-        soups.append(soup)
     return soups
 
 
@@ -132,6 +130,16 @@ def _readers(recipe: Recipe, labels: Sequence[str], name: str) -> Readers:
 def _reader(tensor: Tensor) -> Reader:
     flat = tensor.detach().reshape(-1)
     return lambda start, stop: flat[start:stop]
+
+
+def _shell(module: Module) -> Module:
+    """A copy of a module but for the values of its state, which are the bulk of it and would not be needed."""
+    state = _tensors_only(module.state_dict(keep_vars=True)).values()
+    empty: dict[int, Any] = {}
+    for tensor in state:
+        values = tensor.data.new_empty(0)
+        empty[id(tensor)] = Parameter(values, tensor.requires_grad) if isinstance(tensor, Parameter) else values
+    return copy.deepcopy(module, empty)
 
 
 def _tensors_only(state: Mapping[str, Any]) -> dict[str, Tensor]:

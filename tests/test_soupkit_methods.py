@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from dataclasses import replace
 from fractions import Fraction
 
@@ -332,6 +333,20 @@ def test_modules():
     assert soup.cache.tolist() == [1.0, 1.0]  # not persistent: the first's
     assert a.embed.weight.unique().tolist() == [1.0]
     assert soupkit.average([a, b], dtype="bfloat16").head.weight.dtype == torch.bfloat16
+
+
+def test_modules_are_copied_first_and_without_their_values(monkeypatch):
+    a, b = Tied(1.0), Tied(3.0)
+    num_copied = []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda x, **how: num_copied.append(x.numel()) or clone(x, **how))
+    soup = soupkit.average([a, b])
+    assert num_copied == []
+    assert soup.cache is not a.cache
+    monkeypatch.setattr("soupkit.memory.merge_state_dicts", lambda *given: pytest.fail("merged in vain"))
+    a.lock = threading.Lock()  # cannot be copied
+    with pytest.raises(TypeError, match="lock"):
+        soupkit.average([a, b])
 
 
 def test_state_dicts_keep_ties_and_order():
