@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from soupkit.api import Options, average, interpolate, merge, sweep
+from soupkit.api import average, interpolate, merge, sweep
 from soupkit.diff import diff
 from soupkit.errors import MergeError
 from soupkit.hashing import ALGORITHMS, DEFAULT
 from soupkit.inspection import inspect
 from soupkit.methods import METHODS, Method, find_method
+from soupkit.options import Options
 from soupkit.recipe import Recipe, load_recipe
 from soupkit.verification import verify
 
@@ -141,7 +142,9 @@ def _add_merge_options(command: argparse.ArgumentParser, out: str = "folder to w
     command.add_argument("--out", required=True, metavar="DIR", help=out)
     command.add_argument("--dtype", metavar="NAME", help="store in float16, bfloat16, float32 or float64")
     command.add_argument("--overwrite", action="store_true", help="replace the checkpoint at --out")
-    command.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB (default: files as in the first model)")
+    command.add_argument(
+        "--max-shard-size", metavar="SIZE", help="bytes, or such as 5GB (default: files as in the first model)"
+    )
     command.add_argument("--allow-nonfinite", action="store_true", help="go on where a model holds NaN or inf")
     command.add_argument("--allow-pickle", action="store_true", help="read weights, nothing else, from .bin files")
     command.add_argument("--hash", choices=ALGORITHMS, default=DEFAULT, help=f"for soup.json (default: {DEFAULT})")
@@ -276,11 +279,9 @@ def _methods(arguments: argparse.Namespace) -> int:
 
 
 def _describe(name: str, method: Method) -> str:
-    least, most = method.min_ingredients, method.max_ingredients
-    count = f"{least} or more" if most is None else f"exactly {least}" if least == most else f"at most {most}"
     base = {"none": "no base", "optional": "a base if you like", "required": "a base"}[method.base]
     passes = "reads each model once" if method.survey is None else "reads each model more than once"
-    needs = [f"{count} models", base, *(["Fisher information"] if method.needs_fishers else []), passes]
+    needs = [f"{method.num_models} models", base, *(["Fisher information"] if method.needs_fishers else []), passes]
     lines = [("formula", method.formula), ("needs", ", ".join(needs))]
     for key, parameter in method.parameters.items():
         default = "required" if parameter.required else f"default {json.dumps(parameter.default)}"

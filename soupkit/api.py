@@ -5,39 +5,32 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
 from soupkit.adapters import merge_adapters
 from soupkit.engine import parse_num_threads
 from soupkit.errors import MergeError
-from soupkit.folder import FolderOptions, merge_into_folders, merge_into_memory, parse_size, plan_folders
-from soupkit.hashing import DEFAULT, check_algorithm
+from soupkit.folder import FolderOptions, merge_into_folders, merge_into_memory, plan_folders
 from soupkit.lora import is_adapter
 from soupkit.memory import MemoryOptions, merge_modules, merge_state_dicts, merge_tensors
-from soupkit.planning import parse_dtype
+from soupkit.options import (
+    DEFAULTS,
+    Options,
+    check_options,
+    effective,
+    parse_device,
+    parse_dtype,
+    parse_size,
+    refuse_without_effect,
+)
 from soupkit.publish import check_output
-from soupkit.recipe import Recipe, Settings, load_recipe
+from soupkit.recipe import Recipe, load_recipe
+from soupkit.settings import Settings
 
 Model = Tensor | Mapping[str, Tensor] | Module | str | Path
-
-
-class Options(TypedDict, total=False):
-    """How a merge is run; the same for every function, and explained in :func:`merge`."""
-
-    dtype: torch.dtype | str | None
-    overwrite: bool
-    max_shard_size: int | str | None
-    allow_nonfinite: bool
-    allow_pickle: bool
-    hash: str
-    sync: bool
-    device: torch.device | str
-    num_threads: int | None
-    progress: bool
 
 
 def merge(
@@ -72,7 +65,10 @@ def merge(
             all is written, as copied files do, and the system brings it to the disk within seconds.
         device: where folders are merged, such as "cuda".
         num_threads: None is one for each core. The result does not depend on it.
-        progress: show a progress bar on stderr (folders only).
+        progress: show a progress bar on stderr. Merges of tensors, state dicts and modules show none.
+
+    An option that would change nothing is an error: ``overwrite``, ``max_shard_size``, ``hash`` and ``sync`` without
+    ``out``; these, ``allow_pickle`` and ``device`` for models other than folders, which are merged where they are.
 
     Raises:
         MergeError (a ValueError): a recipe or models that do not fit, with the offender and the fix in one line.
@@ -168,7 +164,8 @@ def sweep(
     """The models at every ``t`` of ``ts`` on the way from ``a`` to ``b``, all made in one pass over the two.
 
     Reading is what a merge of folders mostly does, so many points cost little more than one. With ``outs``, one folder
-    for each t; they appear one after another once all are complete.
+    for each t; they appear one after another once all are complete, streamed, so that none is ever held. Without
+    ``outs`` the models are returned, and so all are in memory at once: for many points of large models, write folders.
 
     Paper: Wortsman et al. 2021, "Robust fine-tuning of zero-shot models" (WiSE-FT), https://arxiv.org/abs/2109.01903
     """
@@ -183,10 +180,12 @@ def sweep(
 def _average_adapters(
     adapters: Sequence[str | Path], weights: Sequence[float] | None, out: str | Path | None, options: Options
 ) -> Path:
-    refused = set(options) - {"overwrite", "allow_pickle", "progress"}
-    given = sorted(name for name in refused if options[name] not in (None, False, "cpu", DEFAULT))  # type: ignore[literal-required]
-    if given:
-        raise MergeError(f"{', '.join(given)} is no option for LoRA adapters: leave it out, or fold each into its base")
+    check_options(options)
+    refused = sorted(effective(options).keys() - {"overwrite", "allow_pickle", "progress"})
+    if refused:
+        raise MergeError(
+            f"{', '.join(refused)} is no option for LoRA adapters: leave it out, or fold each into its base"
+        )
     if out is None:
         raise MergeError("the average of LoRA adapters is an adapter folder: give out, where to write it")
     overwrite, allow_pickle = options.get("overwrite", False), options.get("allow_pickle", False)
@@ -227,56 +226,43 @@ def _checked_weights(weights: Sequence[float], num_models: int) -> list[float]:
 def _merge(recipes: Sequence[Recipe], outs: Sequence[Path] | None, options: Options) -> list[Any]:
     """Check the call, then hand it to the level of its models. Recipes differ in their parameters alone."""
     recipe = recipes[0]
-    unknown = sorted(options.keys() - Options.__annotations__.keys())
-    if unknown:
-        raise MergeError(f"unknown option {unknown[0]!r}: the options are {', '.join(Options.__annotations__)}")
+    check_options(options)
+    settled: Options = {**DEFAULTS, **options}
     for each in recipes:
         each.validate()
     for out in outs or []:
-        check_output(Path(os.path.abspath(out)), options.get("overwrite", False))
-    dtype = parse_dtype(options.get("dtype") or recipe.dtype)
-    num_threads = parse_num_threads(options.get("num_threads"))
-    allow_nonfinite = options.get("allow_nonfinite", False)
+        check_output(Path(os.path.abspath(out)), settled["overwrite"])
+    dtype = parse_dtype(recipe.dtype if settled["dtype"] is None else settled["dtype"])
+    num_threads = parse_num_threads(settled["num_threads"])
     kind = _kind([*recipe.models, *([] if recipe.base is None else [recipe.base])])
     if any((_kind([fisher]) == "folder") != (kind == "folder") for fisher in recipe.fishers):
         raise MergeError(f"each model is a {kind}: give Fisher information of that kind too")
+    if outs is not None and kind != "folder":
+        raise MergeError(f"out={str(outs[0])!r} is for folders, and each model is a {kind}: save the result yourself")
+    refuse_without_effect(options, kind, writes=outs is not None)
     if kind == "folder":
         folder_options = FolderOptions(
             dtype=dtype,
-            allow_nonfinite=allow_nonfinite,
-            allow_pickle=options.get("allow_pickle", False),
+            allow_nonfinite=settled["allow_nonfinite"],
+            allow_pickle=settled["allow_pickle"],
             num_threads=num_threads,
-            device=_parse_device(options.get("device", "cpu")),
-            progress=options.get("progress", True),
-            overwrite=options.get("overwrite", False),
-            max_shard_size=parse_size(options.get("max_shard_size")),
-            hash=check_algorithm(options.get("hash", DEFAULT)),
-            sync=options.get("sync", False),
+            device=parse_device(settled["device"]),
+            progress=settled["progress"],
+            overwrite=settled["overwrite"],
+            max_shard_size=parse_size(settled["max_shard_size"]),
+            hash=settled["hash"],
+            sync=settled["sync"],
         )
         plan = plan_folders(recipes, folder_options)
         if outs is None:
             return merge_into_memory(plan, folder_options)
         return merge_into_folders(plan, outs, folder_options)
-    if outs is not None:
-        raise MergeError(f"out={str(outs[0])!r} is for folders, and each model is a {kind}: save the result yourself")
     if recipe.tokenizer is not None:
         raise MergeError(f"tokenizer is for folders, and each model is a {kind}: leave it out")
-    memory_options = MemoryOptions(dtype, allow_nonfinite, num_threads)
+    memory_options = MemoryOptions(dtype, settled["allow_nonfinite"], num_threads)
     levels: dict[str, Any] = {"tensor": merge_tensors, "state dict": merge_state_dicts, "module": merge_modules}
     merged: list[Any] = levels[kind](recipes, memory_options)
     return merged
-
-
-def _parse_device(device: torch.device | str) -> torch.device:
-    try:
-        parsed = torch.device(device)
-    except RuntimeError:
-        raise MergeError(f"device {device!r} is unknown: choose cpu, cuda or cuda:N") from None
-    if parsed.type not in ("cpu", "cuda"):
-        raise MergeError(f"device {device!r} is not supported: choose cpu, cuda or cuda:N")
-    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
-        raise MergeError(f"device {str(device)!r}: torch finds {torch.cuda.device_count()} CUDA devices: use cpu")
-    return parsed
 
 
 def _kind(models: Sequence[Any]) -> str:

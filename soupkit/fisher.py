@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from soupkit.checkpoint import SINGLE_FILE
 from soupkit.errors import MergeError
+from soupkit.memory import shared_tensors
 from soupkit.publish import check_output, published_folder
 
 
@@ -98,12 +99,8 @@ def save_fisher(fisher: Mapping[str, Tensor], folder: str | Path, *, overwrite: 
     """
     folder = Path(folder)
     check_output(folder, overwrite)
-    owners: dict[int, str] = {}
-    stored = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in fisher.items()
-        if owners.setdefault(id(tensor), name) == name
-    }
+    repeated = shared_tensors(fisher)
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in fisher.items() if name not in repeated}
     with published_folder(folder, overwrite) as partial:
         save_file(stored, partial / SINGLE_FILE, metadata={"format": "pt"})
     return folder

@@ -178,21 +178,6 @@ def merge_into_folders(plan: FolderPlan, outs: Sequence[Path], options: FolderOp
     return outs
 
 
-def parse_size(size: int | str | None) -> int | None:
-    """Bytes from a number or from text such as ``"5GB"`` (decimal units, as transformers has them)."""
-    if size is None or isinstance(size, int):
-        num_bytes = size
-    else:
-        units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-        number, unit = size[:-2], size[-2:].upper()
-        if unit not in units or not number.strip().isdecimal():
-            raise MergeError(f"max_shard_size {size!r} is not a size: write bytes as a number, or text such as '5GB'")
-        num_bytes = int(number) * units[unit]
-    if num_bytes is not None and num_bytes <= 0:
-        raise MergeError(f"max_shard_size is {size}: it must be positive")
-    return num_bytes
-
-
 class _Shard:
     """An output file: its header, and where each tensor's bytes go."""
 

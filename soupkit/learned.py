@@ -19,6 +19,7 @@ from soupkit.blocks import BLOCK
 from soupkit.checkpoint import open_checkpoint
 from soupkit.errors import MergeError
 from soupkit.fisher import requiring_grad
+from soupkit.layers import layer_of
 from soupkit.recipe import Recipe
 from soupkit.selection import check_candidates
 from soupkit.sources import TensorSource, load_tensor
@@ -191,12 +192,9 @@ def _check_candidate(
 
 
 def _layer(name: str) -> str:
-    """The name up to its first number, as in model.layers.3; the whole name where there is none."""
-    parts = name.split(".")
-    for index, part in enumerate(parts[:-1]):
-        if part.isdecimal():
-            return ".".join(parts[: index + 1])
-    return name
+    """The layer's name, as in model.layers.3; a tensor outside layers is one by itself."""
+    place = layer_of(name)
+    return f"{place[0]}{place[1]}" if place else name
 
 
 def _read(source: Source) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from soupkit.blocks import NonFinite, Readers, require_equal
 from soupkit.engine import Progress, Streams, run, tensor_tasks
@@ -44,13 +44,11 @@ def merge_modules(recipes: Sequence[Recipe], options: MemoryOptions) -> list[Mod
     Tied parameters stay one parameter. Buffers that are not persistent, hooks and other attributes are the first's.
     """
     states = [_replaced(recipe, lambda module: _tensors_only(module.state_dict())) for recipe in recipes]
-    soups = []
-    for merged in merge_state_dicts(states, options):
-        soup = copy.deepcopy(recipes[0].models[0])
+    soups = [_shell(recipe.models[0]) for recipe in recipes]  # first: a module that cannot be copied fails at once
+    for soup, merged in zip(soups, merge_state_dicts(states, options), strict=True):
         # Swapping .data keeps each Parameter object, and with it ties, hooks and requires_grad.
         for name, tensor in _tensors_only(soup.state_dict(keep_vars=True)).items():
             tensor.data = merged[name]
-        soups.append(soup)
     return soups
 
 
@@ -133,6 +131,16 @@ def _reader(tensor: Tensor) -> Reader:
     return lambda start, stop: flat[start:stop]
 
 
+def _shell(module: Module) -> Module:
+    """A copy of a module but for the values of its state, which are the bulk of it and would not be needed."""
+    state = _tensors_only(module.state_dict(keep_vars=True)).values()
+    empty: dict[int, Any] = {}
+    for tensor in state:
+        values = tensor.data.new_empty(0)
+        empty[id(tensor)] = Parameter(values, tensor.requires_grad) if isinstance(tensor, Parameter) else values
+    return copy.deepcopy(module, empty)
+
+
 def _tensors_only(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """A module's state without the extra state that some modules keep in it."""
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -140,7 +148,7 @@ def _tensors_only(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _common_ties(states: Sequence[State], labels: Sequence[str]) -> dict[str, str]:
     """Name to the earlier name it shares its tensor with. Raises MergeError when models tie different names."""
-    ties_of = [_ties({name: state[name] for name in states[0]}) for state in states]
+    ties_of = [shared_tensors({name: state[name] for name in states[0]}) for state in states]
     ties = {name: partner for found in ties_of for name, partner in found.items()}
     for state, found, label in zip(states, ties_of, labels, strict=False):
         for name, partner in ties.items():
@@ -152,7 +160,8 @@ def _common_ties(states: Sequence[State], labels: Sequence[str]) -> dict[str, st
     return ties
 
 
-def _ties(state: State) -> dict[str, str]:
+def shared_tensors(state: State) -> dict[str, str]:
+    """Name to the earlier name that it shares its tensor with: the same memory, seen the same way."""
     owners: dict[tuple[Any, ...], str] = {}
     ties = {}
     for name, tensor in state.items():

@@ -33,7 +33,7 @@ def method_page(methods: Mapping[str, Method] = METHODS) -> str:
     """The page in Markdown."""
     contents = ["| method | what it does | models | base |", "|---|---|---|---|"]
     contents += [
-        f"| [{name}](#{name}) | {_cell(method.summary)} | {_count(method)} | {method.base} |"
+        f"| [{name}](#{name}) | {_cell(method.summary)} | {method.num_models} | {method.base} |"
         for name, method in methods.items()
     ]
     sections = [_section(name, method) for name, method in methods.items()]
@@ -62,7 +62,7 @@ def _section(name: str, method: Method) -> str:
     base = {"none": "", "optional": "; a base is optional", "required": " and a base"}[method.base]
     parts = [
         f"## {name}",
-        f"{method.summary[0].upper()}{method.summary[1:].rstrip('.')}. Takes {_count(method)} models{base}.",
+        f"{method.summary[0].upper()}{method.summary[1:].rstrip('.')}. Takes {method.num_models} models{base}.",
         fenced(method.formula),
     ]
     if method.parameters:
@@ -74,13 +74,6 @@ def _section(name: str, method: Method) -> str:
     parts.append(f"- Departures: {method.departures}\n- Paper: {method.paper}")
     parts.append(fenced(to_yaml(example_recipe(name, method)), "yaml"))
     return "\n\n".join(parts)
-
-
-def _count(method: Method) -> str:
-    least, most = method.min_ingredients, method.max_ingredients
-    if most is None:
-        return f"{least} or more"
-    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def _values(parameter: Parameter) -> str:

@@ -17,9 +17,11 @@ from typing import Any, Protocol
 import torch
 
 from soupkit.errors import MergeError
+from soupkit.layers import layer_positions
 from soupkit.methods import find_method
-from soupkit.recipe import Recipe, check_names, layer_positions, resolve
+from soupkit.recipe import Recipe, check_names, resolve
 from soupkit.sources import merge_dtype, wider_dtype
+from soupkit.tables import dtype_name, name_list
 
 SOUP_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 COPIED_DTYPES = {
@@ -128,20 +130,6 @@ def parameters_by_name(recipes: Sequence[Recipe], names: Iterable[str]) -> Calla
     return variants_of
 
 
-def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating dtype from itself or its name (``"bfloat16"``). Raises MergeError for anything else."""
-    parsed = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if parsed is not None and parsed not in SOUP_DTYPES:
-        raise MergeError(f"dtype {dtype} cannot hold a soup: choose float16, bfloat16, float32 or float64")
-    return parsed
-
-
-def name_list(names: Sequence[str], limit: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(repr(name) for name in names[:limit]) + more
-
-
 def _require_same_names(first: Mapping[str, Described], other: Mapping[str, Described], a: str, b: str) -> None:
     missing = [name for name in first if name not in other]
     extra = [name for name in other if name not in first]
@@ -174,19 +162,15 @@ def _plan_tensor(
     for tensor, label in zip(tensors, labels, strict=False):
         if merge_dtype(tensor.dtype) not in SOUP_DTYPES and tensor.dtype not in COPIED_DTYPES:
             raise MergeError(
-                f"tensor {name!r} in {label} is {_dtype_name(tensor.dtype)}, which cannot be merged: "
+                f"tensor {name!r} in {label} is {dtype_name(tensor.dtype)}, which cannot be merged: "
                 "convert the checkpoint to bfloat16 first"
             )
         if tensor.dtype != first and (tensor.dtype in COPIED_DTYPES or first in COPIED_DTYPES):
             raise MergeError(
-                f"tensor {name!r} is {_dtype_name(first)} in {labels[0]} and {_dtype_name(tensor.dtype)} in {label}: "
+                f"tensor {name!r} is {dtype_name(first)} in {labels[0]} and {dtype_name(tensor.dtype)} in {label}: "
                 "convert one of them first"
             )
     if first in COPIED_DTYPES:
         return TensorPlan(name, shape, first, None, variants)
     promoted = reduce(torch.promote_types, (merge_dtype(tensor.dtype) for tensor in tensors))
     return TensorPlan(name, shape, dtype or promoted, wider_dtype(promoted), variants)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from soupkit.api import Model, average
 from soupkit.errors import MergeError
+from soupkit.options import check_options, without_writing
 from soupkit.publish import check_output
 
 
@@ -84,7 +85,7 @@ def greedy_soup(
     check_candidates(candidates, out, options)
 
     def score_of(chosen: Sequence[int], tried: int) -> float:
-        soup = average([candidates[index] for index in chosen], progress=False, **options)
+        soup = average([candidates[index] for index in chosen], progress=False, **without_writing(options))
         score = _number(evaluate(soup), labels[tried])
         bar.update()
         return score
@@ -118,13 +119,14 @@ def check_candidates(candidates: Sequence[Model], out: str | Path | None, option
 
     Raises what :func:`soupkit.average` raises. It is called to find out: one merge costs far less than one evaluation.
     """
+    check_options(options)
     if out is not None:
         for candidate in candidates:
             if not isinstance(candidate, (str, Path)):
                 kind = type(candidate).__name__
                 raise MergeError(f"out={str(out)!r} is for folders, and a candidate is a {kind}: leave it out")
         check_output(Path(out), bool(options.get("overwrite")))
-    average(candidates, progress=False, **options)
+    average(candidates, progress=False, **(options if out is None else without_writing(options)))
 
 
 def _names(candidates: Sequence[Model], names: Sequence[str] | None) -> list[str]:

@@ -1,9 +1,11 @@
-"""Plain text that a person reads: aligned tables, and numbers short enough for them."""
+"""Plain text that a person reads: aligned tables, lists of names, and numbers short enough for both."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+
+import torch
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
@@ -17,6 +19,17 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: i
         ).rstrip()
         for line in lines
     )
+
+
+def name_list(names: Sequence[str], limit: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(repr(name) for name in names[:limit]) + more
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """The name without "torch."."""
+    return str(dtype).removeprefix("torch.")
 
 
 def number(x: float, digits: int = 4) -> str:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from soupkit.api import Model, Options, merge
+from soupkit.api import Model, merge
 from soupkit.errors import MergeError
-from soupkit.planning import name_list
+from soupkit.options import Options
 from soupkit.recipe import Recipe
+from soupkit.tables import name_list
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 

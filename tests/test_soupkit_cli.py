@@ -31,7 +31,18 @@ def test_average(folders, tmp_path, capsys):
     assert main(["average", *folders, "--out", str(out)]) == 0
     assert weights_of(out).tolist() == [4.0, 0.0]
     assert capsys.readouterr().out == f"{out}\n"
-    options = ["--weights", "2", "1", "1", "--dtype", "bfloat16", "--overwrite", "--max-shard-size", "1GB", "--quiet"]
+    options = [
+        "--weights",
+        "2",
+        "1",
+        "1",
+        "--dtype",
+        "bfloat16",
+        "--overwrite",
+        "--max-shard-size",
+        "5000000000",
+        "--quiet",
+    ]
     assert main(["average", *folders, *options, "--out", str(out)]) == 0
     assert weights_of(out).tolist() == [3.25, 0.0]
     assert weights_of(out).dtype == torch.bfloat16
@@ -75,6 +86,7 @@ def test_warnings_are_one_line(folders, tmp_path, capsys):
         (["--weights", "0", "0"], "the weights sum to 0"),
         (["--weights", "nan", "1"], "weight 1 is nan"),
         (["--dtype", "int4"], "dtype int4 cannot hold a soup"),
+        (["--max-shard-size", "1e9"], "max_shard_size '1e9' is not a size: write a whole number of bytes, or"),
         (["--max-shard-size", "big"], "max_shard_size 'big' is not a size"),
         (["--out", "EXISTING"], "exists: choose another output folder"),
     ],

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 import soupkit
 from soupkit import MergeError, Recipe
-from soupkit.folder import parse_size
 from soupkit.publish import published_folder
 
 CONFIG = {"model_type": "tiny", "vocab_size": 11, "torch_dtype": "float32"}
@@ -495,18 +494,6 @@ def test_a_full_disk_is_found_before_the_first_tensor(pair, tmp_path, monkeypatc
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(one, 0, 2 * one))
     with pytest.raises(MergeError, match=r"and the soups up to z take"):
         soupkit.sweep(*pair, [0.2, 0.5, 0.8], outs=[tmp_path / name for name in "xyz"], progress=False)
-
-
-def test_sizes():
-    assert parse_size("5GB") == 5 * 10**9
-    assert parse_size("200 mb") == 200 * 10**6
-    assert parse_size(17) == 17
-    assert parse_size(None) is None
-    for size in ("5", "GB", "1.5GB", "fiveGB"):
-        with pytest.raises(MergeError, match=f"max_shard_size '{size}' is not a size"):
-            parse_size(size)
-    with pytest.raises(MergeError, match="it must be positive"):
-        parse_size(0)
 
 
 def test_the_progress_bar_is_on_stderr_and_can_be_turned_off(pair, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import threading
 from dataclasses import replace
 from fractions import Fraction
 
@@ -16,6 +18,7 @@ from soupkit import METHODS, MergeError, Recipe
 from soupkit.blocks import BLOCK
 from soupkit.methods.averages import normalised
 from soupkit.methods.spherical import gram_matrix
+from soupkit.options import parse_size
 
 PATHS = ("linear", "slerp")  # between two models
 # Significant bits and exponent of the smallest normal number.
@@ -332,6 +335,20 @@ def test_modules():
     assert soupkit.average([a, b], dtype="bfloat16").head.weight.dtype == torch.bfloat16
 
 
+def test_modules_are_copied_first_and_without_their_values(monkeypatch):
+    a, b = Tied(1.0), Tied(3.0)
+    num_copied = []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda x, **how: num_copied.append(x.numel()) or clone(x, **how))
+    soup = soupkit.average([a, b])
+    assert num_copied == []
+    assert soup.cache is not a.cache
+    monkeypatch.setattr("soupkit.memory.merge_state_dicts", lambda *given: pytest.fail("merged in vain"))
+    a.lock = threading.Lock()  # cannot be copied
+    with pytest.raises(TypeError, match="lock"):
+        soupkit.average([a, b])
+
+
 def test_state_dicts_keep_ties_and_order():
     soup = soupkit.average([Tied(1.0).state_dict(), Tied(3.0).state_dict()])
     assert list(soup) == list(Tied(0.0).state_dict())
@@ -378,7 +395,7 @@ def test_weights_are_normalised():
 
 ONE = torch.ones(2)
 BAD_CALLS = {
-    "no model": (lambda: soupkit.average([]), "found 0 models to merge: linear takes at least 1"),
+    "no model": (lambda: soupkit.average([]), "found 0 models to merge: linear takes 1 or more"),
     "one model": (lambda: soupkit.average(ONE), "found one Tensor where a list of models belongs"),
     "one folder": (lambda: soupkit.average("runs/sft1"), "found one str where a list of models belongs"),
     "mixed": (lambda: soupkit.average([ONE, {"a": ONE}]), "model 1 is a tensor and model 2 is a state dict"),
@@ -443,7 +460,18 @@ BAD_CALLS = {
         lambda: soupkit.merge(Recipe("della", [ONE], base=ONE, parameters={"weight": 1, "density": 0.1})),
         r"density 0.1 with epsilon 0.15 gives keep probabilities beyond \[0, 1\]: choose epsilon at most 0.1",
     ),
+    "dtype list": (lambda: soupkit.average([ONE], dtype=[16]), r"dtype \[16\] cannot hold a soup: choose float16"),
+    "dtype of a recipe": (lambda: soupkit.merge(Recipe("linear", [ONE], dtype=3)), "dtype 3 cannot hold a soup"),
+    "dtype is a module": (lambda: soupkit.average([ONE], dtype="nn"), "dtype nn cannot hold a soup: choose float16"),
+    "no dtype": (lambda: soupkit.average([ONE], dtype=""), "dtype  cannot hold a soup: choose float16"),
     "threads": (lambda: soupkit.average([ONE], num_threads=0), "num_threads is 0: it must be at least 1"),
+    "threads half": (lambda: soupkit.average([ONE], num_threads=1.5), "num_threads is 1.5: it must be a whole number"),
+    "threads true": (lambda: soupkit.average([ONE], num_threads=True), "num_threads is True: it must be a whole"),
+    "switch": (lambda: soupkit.average([ONE], allow_nonfinite="no"), "allow_nonfinite is 'no': it must be True or F"),
+    "size float": (lambda: soupkit.average(["a"], max_shard_size=5e9), "max_shard_size 5000000000.0 is not a size"),
+    "size true": (lambda: soupkit.average(["a"], max_shard_size=True), "max_shard_size True is not a size: write a"),
+    "device": (lambda: soupkit.average(["a"], device=1.5), "device 1.5 is unknown: choose cpu, cuda or cuda:N"),
+    "hash": (lambda: soupkit.average(["a"], hash="md5"), "unknown hash 'md5': choose one of"),
     "no points": (lambda: soupkit.sweep(ONE, ONE, []), "ts is empty: give at least one t"),
     "tokenizer": (
         lambda: soupkit.merge(Recipe("linear", [ONE], tokenizer="union")),
@@ -464,6 +492,46 @@ def test_bad_input_is_told_in_one_line(name):
 def test_an_option_that_does_not_exist_is_named():
     with pytest.raises(MergeError, match="unknown option 'weight': the options are dtype, overwrite"):
         soupkit.average([ONE, ONE], weight=[1, 0])
+
+
+TO_WRITE = {"overwrite": True, "max_shard_size": "5GB", "hash": "sha256", "sync": True}
+
+
+@pytest.mark.parametrize(("option", "value"), [*TO_WRITE.items(), ("allow_pickle", True), ("device", "cpu:0")])
+def test_options_without_effect_are_refused_everywhere(option, value, tmp_path):
+    module = nn.Linear(1, 1)
+    for kind, model in (("tensor", ONE), ("state dict", {"w": ONE}), ("module", module)):
+        for call_it in (
+            lambda model, **options: soupkit.average([model], **options),
+            lambda model, **options: soupkit.interpolate(model, model, 0.5, **options),
+            lambda model, **options: soupkit.sweep(model, model, [0.5], **options),
+            lambda model, **options: soupkit.merge(Recipe("linear", [model]), **options),
+        ):
+            with pytest.raises(MergeError) as caught:
+                call_it(model, **{option: value})
+            expected = f"{option}='{value}' is for folders, and each model is a {kind}: leave it out"
+            assert str(caught.value) == expected
+    if option in TO_WRITE:
+        with pytest.raises(MergeError, match=f"^{option}='{value}' is for a folder that is written: give out, or le"):
+            soupkit.average([str(tmp_path)], **{option: value})
+
+
+def test_options_that_are_as_without_them_are_welcome():
+    plain = {"overwrite": False, "max_shard_size": None, "hash": "xxh3_128", "sync": False, "allow_pickle": False}
+    for device in ("cpu", torch.device("cpu")):
+        soup = soupkit.average([ONE], **plain, device=device, dtype="torch.float64", num_threads=1, progress=True)
+        assert soup.dtype == torch.float64
+
+
+def test_sizes():
+    sizes = {"5GB": 5 * 10**9, "200 mb": 200 * 10**6, 17: 17, "5000000000": 5 * 10**9, "12 B": 12, None: None}
+    assert {size: parse_size(size) for size in sizes} == sizes
+    for size in ("GB", "1.5GB", "fiveGB", "5e9", "", "5TB", "1 2", 5e9, True, [5]):
+        with pytest.raises(MergeError, match=f"^max_shard_size {re.escape(repr(size))} is not a size: write a whole"):
+            parse_size(size)
+    for size in (0, -5, "0GB", "-5"):
+        with pytest.raises(MergeError, match=f"^max_shard_size is {size}: it must be positive$"):
+            parse_size(size)
 
 
 def test_fisher_weights_beside_integer_buffers():

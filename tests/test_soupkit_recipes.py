@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ import yaml
 from helpers import ROOT, run_python
 
 from soupkit import METHODS, MergeError
-from soupkit.recipe import NOT_SUPPORTED, Recipe, check_names, layer_positions, load_recipe, resolve
+from soupkit.layers import layer_positions
+from soupkit.recipe import Recipe, check_names, load_recipe, resolve
+from soupkit.recipe_forms import NOT_SUPPORTED
 
 LINEAR = """
 models:
@@ -235,6 +238,32 @@ def test_values_have_their_parameters_kind():
     assert type(values["seed"]) is int
 
 
+@pytest.mark.parametrize("seed", [2**53 + 1, -(2**60) - 1, 10**400], ids=["2**53", "2**60", "10**400"])
+def test_large_whole_numbers_keep_their_digits(seed, tmp_path):
+    recipe = Recipe("dare_ties", ["a"], base="base", parameters={"weight": 1, "seed": seed})
+    for same in (recipe, replace(recipe, parameters={"weight": 1, "seed": str(seed)})):
+        same.validate()
+        assert at(same)["seed"] == seed
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    assert load_recipe(tmp_path / "recipe.json") == recipe
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"seed": True}, "seed is True: it must be a finite number"),
+        ({"seed": 0.5}, "seed is 0.5: it must be a whole number"),
+        ({"seed": "inf"}, "seed is inf: it must be a finite number"),
+        ({"lambda": True}, "lambda is True: it must be a finite number"),
+        ({"lambda": 10**400}, f"lambda is {10**400}: it must be a finite number"),
+    ],
+)
+def test_what_is_no_number_is_refused(parameters, message):
+    with pytest.raises(MergeError) as error:
+        Recipe("dare_ties", ["a"], base="base", parameters={"weight": 1} | parameters).validate()
+    assert str(error.value) == message
+
+
 def test_scientific_notation_is_a_number_though_yaml_reads_text(tmp_path):
     recipe = from_yaml(
         """
@@ -416,12 +445,31 @@ def test_tokenizer(keys, tokenizer):
 
 def test_models_written_as_mappings_and_adapters():
     entries = [
-        {"model": {"model": {"path": "org/model", "revision": "v1"}, "lora": {"path": "org/adapter"}}},
+        {"model": {"model": {"path": "org/model"}, "lora": {"path": "org/adapter", "revision": ""}}},
         {"model": {"model": {"path": "org/other", "revision": None}}},
         {"model": "org/third+org/adapter"},
     ]
     recipe = load_recipe({"merge_method": "karcher", "models": entries})
-    assert recipe.models == ("org/model@v1+org/adapter", "org/other", "org/third+org/adapter")
+    assert recipe.models == ("org/model+org/adapter", "org/other", "org/third+org/adapter")
+
+
+def test_revisions_are_refused_with_the_way_round(tmp_path, monkeypatch):
+    message = (
+        "org/m is wanted at revision v1, and soupkit does not look revisions up: download it "
+        "(hf download org/m --revision v1 --local-dir FOLDER) and name the folder"
+    )
+    pinned = {"path": "org/m", "revision": "v1"}
+    for entry in ({"model": pinned}, {"model": "a", "lora": pinned}, "org/m@v1", "a+org/m@v1"):
+        with pytest.raises(MergeError) as error:
+            load_recipe({"merge_method": "karcher", "models": [{"model": entry}, {"model": "b"}]})
+        assert str(error.value) == f"recipe: {message}"
+    for recipe in (ties(), Recipe("linear", ["a"]), Recipe("fisher", ["a"], fishers=["f"])):
+        role = {"ties": {"base": "org/m@v1"}, "linear": {"tokenizer": "org/m@v1"}, "fisher": {"fishers": ["org/m@v1"]}}
+        with pytest.raises(MergeError, match=r"^org/m is wanted at revision v1"):
+            replace(recipe, **role[recipe.method]).validate()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "m@v1").mkdir(parents=True)  # a folder may be called so
+    Recipe("linear", ["org/m@v1", "org/m@v1+lora", "org/mistyped@v1", "runs/a/b@c"]).validate()
 
 
 def test_paths_as_given_else_beside_the_recipe(tmp_path, monkeypatch):
@@ -736,6 +784,10 @@ def test_models_that_do_not_fit_the_method_are_refused():
             recipe.validate()
     with pytest.raises(MergeError, match=r"^found parameters of 1 models for 2 models: give one mapping per model"):
         Recipe("linear", ["a", "b"], model_parameters=[{}]).validate()
+    for last in (3, [1, 3], [{"filter": "mlp", "value": 3}]):
+        with pytest.raises(MergeError, match=r"^last is 3, and there are 2 models: choose at most 2$"):
+            Recipe("lawa", ["a", "b"], parameters={"last": last}).validate()
+    Recipe("lawa", ["a", "b"], parameters={"last": 2}).validate()
     with pytest.raises(MergeError, match=r"^models is one str: give a list of models$"):
         Recipe("linear", "a")
     with pytest.raises(MergeError, match=r"^parameters are \[1\]: write name: value pairs$"):
@@ -795,7 +847,7 @@ def test_int8_mask_changes_nothing():
 
 def test_reading_recipes_imports_yaml_and_soupkit_alone_does_not():
     script = (
-        "import sys, soupkit.recipe as r; assert 'yaml' not in sys.modules; "
+        "import sys, soupkit.recipe_forms as r; assert 'yaml' not in sys.modules; "
         "r._parse_yaml('a: 1'); assert 'yaml' in sys.modules"
     )
     process = run_python(["-c", script])

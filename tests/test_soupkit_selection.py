@@ -184,6 +184,16 @@ def test_greedy_refuses_an_existing_folder_before_it_evaluates(tmp_path):
         greedy_soup(folders, never, out=tmp_path / "b", progress=False)
 
 
+def test_greedy_takes_options_of_the_folder_it_writes(tmp_path):
+    folders = [save(tmp_path / name, {"w": torch.zeros(2), "v": torch.ones(2)}) for name in "ab"]
+    out = greedy_soup(folders, lambda state: 1.0, out=tmp_path / "soup", max_shard_size="8", progress=False).soup
+    assert len(list(out.glob("*.safetensors"))) == 2
+    with pytest.raises(MergeError, match=r"^max_shard_size 'much' is not a size"):
+        greedy_soup(folders, never, out=tmp_path / "other", max_shard_size="much", progress=False)
+    with pytest.raises(MergeError, match=r"^max_shard_size='8' is for a folder that is written: give out"):
+        greedy_soup(folders, never, max_shard_size="8", progress=False)
+
+
 def test_exceptions_of_evaluate_pass_through():
     error = RuntimeError("out of data")
 
@@ -630,6 +640,12 @@ def test_fisher_files(tmp_path):
     save_fisher({"a": shared * 2}, folder, overwrite=True)
     assert load_file(folder / "model.safetensors")["a"].tolist() == [2.0, 4.0]
     assert [path.name for path in tmp_path.iterdir()] == ["fisher"]
+
+
+def test_fisher_files_hold_what_two_names_share_once(tmp_path):
+    x = torch.tensor([1.0, 2.0])
+    folder = save_fisher({"embed": x, "head": x.view(2), "norm": x.clone()}, tmp_path / "fisher")
+    assert list(load_file(folder / "model.safetensors")) == ["embed", "norm"]
 
 
 def test_fisher_files_serve_a_merge(tmp_path):

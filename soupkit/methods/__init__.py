@@ -238,7 +238,8 @@ METHODS: dict[str, Method] = {
         summary="take over only the changes that matter most to the rows' softmax",
         formula="base + d where |d| KL(softmax(x row) ‖ softmax(base row)) ≥ median + 1.5 (Q₃ − Q₁)",
         paper="Arcee AI 2024, Arcee Fusion, https://www.arcee.ai",
-        departures="quartiles of all values, not of a sample",
+        departures="quartiles of all values, not of a sample; with allow_nonfinite, one NaN or +∞ makes the KL of "
+        "its row NaN, so that the base's whole row stays",
         base="required",
         max_ingredients=1,
         survey=task_vectors.survey_arcee_fusion,
@@ -276,7 +277,7 @@ METHODS: dict[str, Method] = {
         summary="latest weight averaging: the uniform average of a run's last checkpoints, the oldest first",
         formula="Σ xᵢ / k, over the last k",
         paper="Kaddour 2022, Stop wasting my time!, https://arxiv.org/abs/2209.14981",
-        parameters={"last": Parameter("how many checkpoints; all by default", int, low=1)},
+        parameters={"last": Parameter("how many checkpoints; all by default", int, low=1, counts_models=True)},
         shows_non_finite=False,
     ),
 }

@@ -63,12 +63,6 @@ class Whole(Protocol):
     def num_elements(self) -> int: ...
 
     @property
-    def num_ingredients(self) -> int: ...
-
-    @property
-    def has_base(self) -> bool: ...
-
-    @property
     def shape(self) -> tuple[int, ...]: ...
 
     def total(self, function: Callable[[Blocks], Tensor]) -> Tensor:
@@ -95,6 +89,7 @@ class Parameter:
     per_ingredient: bool = False  # one value per ingredient; a single value serves all
     low: float | None = None
     high: float | None = None
+    counts_models: bool = False  # it cannot exceed the number of ingredients
 
     def check(self, name: str, value: Any) -> Any:
         """One value, brought to the parameter's kind. Raises MergeError for what is none or out of range."""
@@ -105,10 +100,11 @@ class Parameter:
                 raise MergeError(f"{name} is {value!r}: it must be true or false")
             return value
         try:
-            number = float(value)
-        except (TypeError, ValueError):
+            # Whole numbers stay as they are, however large: a seed may have more digits than a float.
+            number = value if self.kind is int and isinstance(value, int) else float(value)
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if isinstance(value, bool) or not math.isfinite(number):
+        if isinstance(value, bool) or not -math.inf < number < math.inf:
             raise MergeError(f"{name} is {value!r}: it must be a finite number")
         if self.kind is int and number != int(number):
             raise MergeError(f"{name} is {value!r}: it must be a whole number")
@@ -145,13 +141,19 @@ class Method:
     shows_non_finite: bool = True  # whether a NaN or infinite value of any model shows in the result
     check: Callable[[Mapping[str, Any]], object] = lambda parameters: None  # raises MergeError for a bad combination
 
+    @property
+    def num_models(self) -> str:
+        """How many models it takes beside the base, in words."""
+        least, most = self.min_ingredients, self.max_ingredients
+        if most is None:
+            return f"{least} or more"
+        return f"exactly {least}" if least == most else f"{least} to {most}"
+
     def require_fit(self, name: str, num_ingredients: int, has_base: bool, num_fishers: int) -> None:
         """Raise MergeError unless the method can be applied to so many models."""
-        least, most = self.min_ingredients, self.max_ingredients
-        if num_ingredients < least or (most is not None and num_ingredients > most):
-            count = f"exactly {least}" if least == most else f"at least {least}" if most is None else f"at most {most}"
+        if not self.min_ingredients <= num_ingredients <= (self.max_ingredients or num_ingredients):
             beside = " beside the base" if has_base else ""
-            raise MergeError(f"found {num_ingredients} models to merge{beside}: {name} takes {count}")
+            raise MergeError(f"found {num_ingredients} models to merge{beside}: {name} takes {self.num_models}")
         if self.base == "required" and not has_base:
             raise MergeError(f"{name} needs a base model, the one that the others were fine-tuned from: give base")
         if self.base == "none" and has_base:
