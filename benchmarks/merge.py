@@ -41,7 +41,7 @@ THIS = Path(__file__).resolve()
 
 MB = 10**6
 COPY_BLOCK = 4 * 2**20  # bytes per read and write of the copy floor
-TOUCHED = 3 * 10**9  # bytes of free memory touched before a run: what a run takes anew, and some more
+TOUCHED = 1.5  # of a model's bytes: free memory touched before a run, for what it writes and then some
 # Memory of a process in which what it shares with its children counts once, and of it what is no file's.
 SHARES = re.compile(r"^(Pss|Pss_Anon):\s*(\d+) kB$", re.MULTILINE)
 SAMPLING_INTERVAL = 0.03  # seconds between two looks at a process's memory
@@ -388,14 +388,14 @@ def _round(
         turn = index % len(commands)
         records = {}
         for what in [*commands][turn:] + [*commands][:turn]:
-            records[what] = _fresh_run(commands[what], output)
+            records[what] = _fresh_run(commands[what], output, inputs[0])
             if what != "import":
                 _require_as_large(output, inputs[0], what)
             _say(f"{name} round {index + 1}: {what:<17}{_told(records[what])}")
     return {what: records[what] for what in commands}
 
 
-def _fresh_run(command: Sequence[str | Path], output: Path) -> Record:
+def _fresh_run(command: Sequence[str | Path], output: Path, model: Path) -> Record:
     """Measure a command when nothing is left over from the one before: no output, no pages waiting to be written.
 
     Free memory is touched first. A virtual machine hands it back to its host within seconds, and whoever asks for it
@@ -403,7 +403,7 @@ def _fresh_run(command: Sequence[str | Path], output: Path) -> Record:
     """
     shutil.rmtree(output, ignore_errors=True)
     os.sync()
-    measured([sys.executable, "-S", THIS, "touch", str(TOUCHED)])
+    measured([sys.executable, "-S", THIS, "touch", str(round(TOUCHED * _num_bytes(model)))])
     record, text = measured(command)
     with suppress(ValueError, IndexError, TypeError):
         # A child of ours that times its work proper, without the start of Python and its imports.
@@ -500,7 +500,7 @@ def _pair(name: str, inputs: Sequence[Path], index: int) -> dict[str, float]:
         commands = {"checked": command, "unchecked": [*command, "--unchecked"]}
         seconds = {}
         for what in ("checked", "unchecked") if index % 2 else ("unchecked", "checked"):
-            record = _fresh_run(commands[what], output)
+            record = _fresh_run(commands[what], output, inputs[0])
             seconds[what] = record["seconds"]
             _say(f"{name} pair {index + 1}: {what:<10}{_told(record)}")
     return seconds

@@ -517,7 +517,7 @@ def test_options_without_effect_are_refused_everywhere(option, value, tmp_path):
 
 
 def test_options_that_are_as_without_them_are_welcome():
-    plain = {"overwrite": False, "max_shard_size": None, "hash": "xxh3_128", "sync": False, "allow_pickle": False}
+    plain = {"overwrite": False, "max_shard_size": None, "hash": "xxh3_tree", "sync": False, "allow_pickle": False}
     for device in ("cpu", torch.device("cpu")):
         soup = soupkit.average([ONE], **plain, device=device, dtype="torch.float64", num_threads=1, progress=True)
         assert soup.dtype == torch.float64
