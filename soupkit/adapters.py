@@ -6,10 +6,8 @@ the products: Σ w_i s_i B_i A_i = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ..
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,16 +17,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from soupkit.checkpoint import locate
+from soupkit.checkpoint import companion_files, copy_companions, locate
 from soupkit.errors import MergeError
+from soupkit.files import write_json
 from soupkit.hashing import DEFAULT, hash_file
 from soupkit.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter, read_adapter
 from soupkit.provenance import VERSION
 from soupkit.publish import check_output, published_folder
 from soupkit.sources import load_tensor
-
-# Tokenizer files that trainers put beside an adapter.
-COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*.model")
 
 
 def merge_adapters(
@@ -68,15 +64,13 @@ def merge_adapters(
         if out.exists() and out.samefile(adapter.folder):
             raise FileExistsError(f"{out} is one of the ingredients: choose another output folder")
     check_output(out, overwrite)
+    companion_files(opened[0].folder)  # before the work, for what it refuses
     tensors, ranks = _matrices(opened, shares)
     with published_folder(out, overwrite) as partial:
-        for pattern in COPIED:
-            for path in opened[0].folder.glob(pattern):
-                if path.is_file():
-                    shutil.copyfile(path, partial / path.name)
+        copy_companions(opened[0].folder, partial)
         (partial / WEIGHTS_FILE).write_bytes(save(tensors | saved, metadata={"format": "pt"}))
-        _write_json(partial / CONFIG_FILE, _config(opened[0], ranks, saved))
-        _write_json(partial / "soup.json", _record(opened, shares, partial))
+        write_json(partial / CONFIG_FILE, _config(opened[0], ranks, saved))
+        write_json(partial / "soup.json", _record(opened, shares, partial))
     return out
 
 
@@ -178,13 +172,10 @@ def _record(adapters: Sequence[Adapter], shares: Sequence[float], folder: Path) 
         {"folder": adapter.label, "role": "ingredient", "files": {adapter.file.name: _fingerprint(adapter.file)}}
         for adapter in adapters
     ]
-    files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
+    written = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in written}
     return {"soupkit": VERSION, "recipe": recipe, "ingredients": ingredients, "files": files, "dtype": "float32"}
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, DEFAULT: hash_file(path)}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

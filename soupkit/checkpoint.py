@@ -7,7 +7,8 @@ with a LoRA adapter folded in ("BASE+ADAPTER"); or a hub id for any folder of th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,11 @@ PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
 # Text files that define a tokenizer, compared byte by byte; tokenizer.json is compared by content.
 VOCABULARY_FILES = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py")
+# What from_pretrained needs beside the weights: configs, tokenizer, chat templates, remote code.
+COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
+NO_COMPANIONS = {"config.json", "soup.json", "trainer_state.json", "adapter_config.json"}
+CHAT_TEMPLATES = "additional_chat_templates"  # a sub-folder, for all but the first
+HUB_PATTERNS = ("*.safetensors", *(f"*{suffix}" for suffix in COMPANION_SUFFIXES))
 HUB_PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
 # What quantised weights are stored with; without it they mean nothing.
 SCALES = ("_scale", "_scale_inv", ".scales", ".SCB")
@@ -79,8 +84,36 @@ def open_checkpoint(source: str | Path, *, allow_pickle: bool = False) -> Checkp
     if not tensors:
         raise MergeError(f"{folder} holds no tensors: is this the right folder?")
     path = folder / "config.json"
+    require_own_file(folder, path)
     checkpoint = Checkpoint(str(source), folder, tuple(files), tensors, read_json(path) if path.exists() else {})
     return _without_tied_heads(checkpoint)
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """What ``from_pretrained`` needs beside the weights and config.json, as paths within the folder, in order.
+
+    Raises MergeError for one that is a link out of the folder.
+    """
+    paths = [*folder.iterdir(), *(folder / CHAT_TEMPLATES).glob("*.jinja")]
+    wanted = [
+        path
+        for path in sorted(paths)
+        if path.suffix in COMPANION_SUFFIXES
+        and path.name not in NO_COMPANIONS
+        and not path.name.startswith(".")
+        and not path.name.endswith(".index.json")
+    ]
+    for path in wanted:
+        require_own_file(folder, path)
+    return [path.relative_to(folder) for path in wanted if path.is_file()]
+
+
+def copy_companions(source: Path, target: Path, *, leave_out: Collection[str] = ()) -> None:
+    """Copy the companion files of one folder to another, but for those of the names in ``leave_out``."""
+    for path in companion_files(source):
+        if path.name not in leave_out:
+            (target / path).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / path, target / path)
 
 
 def require_plain_weights(checkpoint: Checkpoint) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from soupkit.checkpoint import Checkpoint, token_ids
 from soupkit.errors import MergeError
-from soupkit.files import read_json
+from soupkit.files import read_json, require_own_file
 from soupkit.heads import is_embedding, is_head, setting, with_setting
 from soupkit.sources import Reader, TensorSource, merge_dtype, wider_dtype
 
@@ -149,6 +149,7 @@ def unify_vocabularies(
         for index, vocabulary in enumerate(vocabularies)
     ]
     path = checkpoints[0].folder / "generation_config.json"
+    require_own_file(checkpoints[0].folder, path)
     generation = _renumbered(read_json(path), vocabularies[0].ids, ids, None) if path.exists() else None
     return UnifiedVocabulary(unified, common, vocab_size, companions, generation, {"vocab_size": vocab_size})
 
@@ -178,6 +179,7 @@ class _Vocabulary:
 def _read_tokenizer(folder: Path) -> dict[str, Any]:
     if not (folder / TOKENIZER_FILE).exists():
         raise MergeError(f"{folder} has no {TOKENIZER_FILE}: save its fast tokenizer there, to map tokens by text")
+    require_own_file(folder, folder / TOKENIZER_FILE)
     return read_json(folder / TOKENIZER_FILE)
 
 

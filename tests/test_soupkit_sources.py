@@ -27,6 +27,8 @@ from soupkit import Recipe
 from soupkit.adapters import merge_adapters
 from soupkit.checkpoint import (
     Checkpoint,
+    companion_files,
+    copy_companions,
     open_checkpoint,
     require_plain_weights,
     require_same_config,
@@ -288,6 +290,60 @@ def test_links_out_of_the_folder(tmp_path):
     assert open_checkpoint(tmp_path / "folder_link").tensors.keys() == {"w"}
 
 
+def test_companions_are_what_from_pretrained_needs(tmp_path):
+    folder = write(tmp_path / "m", {"w": torch.ones(2)}, {})
+    for name in (
+        "tokenizer.json", "vocab.txt", "spiece.model", "chat_template.jinja", "modeling_x.py", "generation_config.json",
+        "model.safetensors.index.json", "trainer_state.json", "soup.json", "optimizer.bin", "README.md", ".hidden.json",
+    ):  # fmt: skip
+        (folder / name).write_text("{}")
+    for name in ("additional_chat_templates/tool.jinja", "additional_chat_templates/notes.txt", "logs/a.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "folder.json").mkdir()
+    expected = ["additional_chat_templates/tool.jinja", "chat_template.jinja", "generation_config.json"]
+    expected += ["modeling_x.py", "spiece.model", "tokenizer.json", "vocab.txt"]
+    assert sorted(map(str, companion_files(folder))) == expected
+    (tmp_path / "soup").mkdir()
+    copy_companions(folder, tmp_path / "soup", leave_out=["vocab.txt"])
+    copied = {str(path.relative_to(tmp_path / "soup")) for path in (tmp_path / "soup").rglob("*") if path.is_file()}
+    assert copied == {*expected} - {"vocab.txt"}
+    assert (tmp_path / "soup" / expected[0]).read_text() == expected[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["generation_config.json", "modeling_x.py", "additional_chat_templates", "additional_chat_templates/a.jinja"],
+)
+def test_companions_that_are_links_out_of_the_folder(tmp_path, name):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "a.jinja").write_text("a secret")
+    folder = write(tmp_path / "m", {"w": torch.ones(2)})
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(tmp_path / "private" / ("" if name == "additional_chat_templates" else "a.jinja"))
+    with pytest.raises(
+        MergeError, match=r"m/.* is a link out of its folder, to .*private.*: put the file itself there"
+    ):
+        companion_files(folder)
+    (folder / name).unlink()
+    (folder / "own").write_text("text")
+    (folder / "chat_template.jinja").symlink_to("own")
+    assert companion_files(folder) == [Path("chat_template.jinja")]
+
+
+def test_configs_and_tokenizers_that_are_links_out_of_the_folder(tmp_path):
+    names = ("config.json", "tokenizer.json", "generation_config.json")
+    folders = [vocabulary_checkpoint(tmp_path / name, ["a", "b"], 2, 1) for name in ("one", "two", "three")]
+    (tmp_path / "private.json").write_text((folders[0] / "tokenizer.json").read_text())
+    for folder, name in zip(folders, names, strict=True):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(tmp_path / "private.json")
+    refuses(folders[0], "one/config.json is a link out of its folder")
+    for folder, name in zip(folders[1:], ("two/tokenizer.json", "three/generation_config.json"), strict=True):
+        with pytest.raises(MergeError, match=f"{name} is a link out of its folder"):
+            unify_vocabularies([open_checkpoint(folder)])
+
+
 def test_the_hub_cache_links_into_its_blobs(tmp_path):
     repository = tmp_path / "models--org--name"
     snapshot = repository / "snapshots" / "0123"
@@ -296,6 +352,9 @@ def test_the_hub_cache_links_into_its_blobs(tmp_path):
     save_file({"w": torch.ones(2)}, repository / "blobs" / "abc")
     (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
     assert torch.equal(values(open_checkpoint(snapshot).tensors["w"]), torch.ones(2))
+    (snapshot / "additional_chat_templates").mkdir()
+    (snapshot / "additional_chat_templates" / "tool.jinja").symlink_to("../../../blobs/abc")
+    assert companion_files(snapshot) == [Path("additional_chat_templates/tool.jinja")]
     (tmp_path / "other" / "blobs").mkdir(parents=True)
     (repository / "blobs" / "abc").rename(tmp_path / "other" / "blobs" / "abc")
     (snapshot / "model.safetensors").unlink()
@@ -825,6 +884,11 @@ def test_soups_of_adapters_that_save_modules_whole(tmp_path):
 def test_bad_calls_of_merge_adapters(tmp_path):
     first = write_adapter(tmp_path / "a", lora(Q, 1))
     (first / "tokenizer.json").write_text("{}")
+    linked = write_adapter(tmp_path / "linked", lora(Q, 1))
+    (linked / "vocab.txt").symlink_to(first / "tokenizer.json")
+    forged = write_adapter(tmp_path / "forged", lora(Q, 1))
+    (forged / "adapter_config.json").unlink()
+    (forged / "adapter_config.json").symlink_to(first / "adapter_config.json")
     cases = [
         ([], None, "no adapters to merge"),
         ([first, first], [1], "1 weights for 2 adapters"),
@@ -837,6 +901,8 @@ def test_bad_calls_of_merge_adapters(tmp_path):
         ),
         ([first, write_adapter(tmp_path / "c", lora(Q, 1), fan_in_fan_out=True)], None, "fan_in_fan_out differs"),
         ([first, write_adapter(tmp_path / "d", lora(Q, 1, inputs=7))], None, f"matrices of '{Q}' differ in size"),
+        ([linked], None, "linked/vocab.txt is a link out of its folder"),
+        ([forged], None, "forged/adapter_config.json is a link out of its folder"),
         (str(first), None, "found one str where a list of adapters belongs"),
     ]
     for adapters, weights, message in cases:
