@@ -29,6 +29,7 @@ from soupkit.checkpoint import (
     Checkpoint,
     companion_files,
     copy_companions,
+    folders_of,
     open_checkpoint,
     require_plain_weights,
     require_same_config,
@@ -1224,7 +1225,8 @@ def test_what_is_fetched_from_the_hub(tmp_path, monkeypatch):
     asked: list[list[str]] = []
     folder = pickled(tmp_path / "snapshot", {"w": torch.ones(2)})
 
-    def snapshot_download(hub_id: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(hub_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+        assert (hub_id, revision) in (("org/name", None), ("org/name", "refs/pr/1"))
         asked.append(allow_patterns)
         return str(folder)
 
@@ -1237,7 +1239,7 @@ def test_what_is_fetched_from_the_hub(tmp_path, monkeypatch):
     assert len(asked) == 3
     assert {"pytorch_model*.bin", "*.json"} <= set(asked[2])
     save_file({"w": torch.ones(2)}, folder / "model.safetensors")
-    open_checkpoint("org/name", allow_pickle=True)
+    assert open_checkpoint("org/name@refs/pr/1", allow_pickle=True).label == "org/name@refs/pr/1"
     assert len(asked) == 4
     Path("org").mkdir()
     refuses(
@@ -1245,3 +1247,24 @@ def test_what_is_fetched_from_the_hub(tmp_path, monkeypatch):
     )
     refuses("./org/name", "^./org/name does not exist: give a checkpoint folder, or a hub id such as org/name$")
     assert len(asked) == 4
+
+
+def test_labels_stand_for_folders_without_the_network(tmp_path, monkeypatch):
+    cached = tmp_path / "hub" / "models--org--name" / "snapshots"
+    for revision in ("0" * 40, "1" * 40):
+        (cached / revision).mkdir(parents=True)
+        (cached / revision / "config.json").write_text("{}")
+    (cached.parent / "refs").mkdir()
+    (cached.parent / "refs" / "main").write_text("1" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("socket.socket", None)
+    monkeypatch.chdir(tmp_path)
+    assert folders_of("org/name") == [cached / ("1" * 40)]
+    assert folders_of("org/name@" + "0" * 40) == [cached / ("0" * 40)]
+    assert folders_of("org/name@2") == [Path("org/name@2")]
+    (tmp_path / "a+b" / "lora").mkdir(parents=True)
+    assert folders_of("a+b") == [Path("a+b")]
+    assert folders_of("org/name+a+b/lora") == [cached / ("1" * 40), Path("a+b/lora")]
+    assert folders_of("org/name+a+b+a+b/lora") == [cached / ("1" * 40), Path("a+b"), Path("a+b/lora")]
+    (tmp_path / "org").mkdir()
+    assert folders_of("org/name") == [Path("org/name")]

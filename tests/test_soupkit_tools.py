@@ -740,9 +740,12 @@ def test_local_paths_are_never_base_models(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     labels = ["runs/sft1", "/abs/x", "../up", "./here", "a/b/c", "org/m@main", "org/n+org/lora", "org/m", "plain"]
     assert hub_ids_of(labels) == ["org/m", "org/n", "org/lora"]
-    record = RECORD | {"recipe": {"method": "linear", "models": ["runs/sft1", "/abs/x", "nowhere/x"]}}
-    assert "base_model" not in front_matter(model_card(record, {}, hub_ids=[]))
-    assert front_matter(model_card(record, {}))["base_model"] == ["nowhere/x"]
+    for models, bases in (
+        (["runs/sft1", "/abs/x"], None),
+        (["runs/sft1", "nowhere/x@refs/pr/1", "nowhere/x"], ["nowhere/x"]),
+    ):
+        record = RECORD | {"recipe": {"method": "linear", "models": models}}
+        assert front_matter(model_card(record, {})).get("base_model") == bases
 
 
 ODD = [
@@ -754,7 +757,7 @@ ODD = [
 @pytest.mark.parametrize("label", ODD)
 def test_odd_paths_survive_markdown_and_yaml(label):
     record = RECORD | {"recipe": {"method": "linear", "models": [{"model": label, "weight": 2.0}, "b"]}}
-    card = model_card(record, {}, hub_ids=[])
+    card = model_card(record, {})
     assert front_matter(card)["tags"][-1] == "linear"
     ((_, recipe),) = blocks(card, "yaml")
     assert yaml.safe_load(recipe) == record["recipe"]
@@ -785,7 +788,7 @@ def test_code_spans_and_fences_hold_any_text():
     ],
 )
 def test_the_card_says_how_to_load(config, expected):
-    card = model_card(RECORD, config, hub_ids=[])
+    card = model_card(RECORD, config)
     ((_, script),) = blocks(card, "python")
     assert expected in script
     compile(script, "card", "exec")
