@@ -291,8 +291,8 @@ def _download(hub_id: re.Match[str], patterns: tuple[str, ...] = HUB_PATTERNS) -
     except (OSError, ValueError) as error:
         reason = type(error).__name__
         raise MergeError(
-            f"{hub_id[0]} is no folder here, and the hub could not provide it ({reason}): check the path, the hub id and "
-            "the network, or download it first"
+            f"{hub_id[0]} is no folder here, and the hub could not provide it ({reason}): check the path, the hub id "
+            "and the network, or download it first"
         ) from error
 
 
