@@ -36,7 +36,7 @@ from soupkit.checkpoint import (
     require_same_tokenizer,
 )
 from soupkit.errors import MergeError
-from soupkit.heads import harmonise_heads
+from soupkit.heads import harmonise_fishers, harmonise_heads
 from soupkit.safetensors_format import DTYPES, read_header
 from soupkit.sources import TensorSource, load_tensor, merge_dtype
 from soupkit.vocabulary import unify_vocabularies
@@ -592,6 +592,47 @@ def test_ties_of_the_text_part_of_a_config(tmp_path):
         "text_config": {"tie_word_embeddings": False, "vocab_size": 6},
         "tie_word_embeddings": False,
     }
+
+
+def fisher_estimate(folder: Path, *, head: bool) -> Checkpoint:
+    """F of the embeddings 0, 1, 2, ..., of w 7 and, where there is one, of the head 100, 101, ..."""
+    information = {EMBED: torch.arange(18.0).view(6, 3), "w": torch.full((2,), 7.0)}
+    return open_checkpoint(write(folder, information | ({HEAD: 100 + information[EMBED]} if head else {})))
+
+
+PLAIN, OF_HEAD = [0.0, 1.0, 2.0], [100.0, 101.0, 102.0]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),  # per model: F of the embeddings and of the head, the first three values
+    [
+        ([(True, "none"), (False, "own")], [(PLAIN, PLAIN), (PLAIN, OF_HEAD)]),  # lent
+        ([(False, "same"), (True, "none")], [([100.0, 102.0, 104.0], None), (PLAIN, None)]),  # added up
+        ([(True, "none"), (True, "none")], [(PLAIN, None), (PLAIN, None)]),
+        ([(False, "own"), (False, "own")], [(PLAIN, OF_HEAD), (PLAIN, OF_HEAD)]),
+    ],
+)
+def test_fisher_estimates_follow_the_heads(tmp_path, kinds, expected):
+    models = [open_checkpoint(head_checkpoint(tmp_path / str(n), n, *kind)) for n, kind in enumerate(kinds)]
+    fishers = [fisher_estimate(tmp_path / f"f{n}", head=HEAD in model.tensors) for n, model in enumerate(models)]
+    harmonised = harmonise_heads(models)
+    for model, fisher, (of_embeddings, of_head) in zip(
+        harmonised, harmonise_fishers(fishers, harmonised), expected, strict=True
+    ):
+        assert (HEAD in model.tensors) == (HEAD in fisher.tensors) == (of_head is not None)
+        assert values(fisher.tensors[EMBED]).view(-1)[:3].tolist() == of_embeddings
+        if of_head:
+            assert values(fisher.tensors[HEAD]).view(-1)[:3].tolist() == of_head
+        assert values(fisher.tensors["w"]).tolist() == [7, 7]
+    assert harmonise_fishers([], harmonised) == []
+
+
+def test_fisher_estimates_of_tied_again_heads_are_added_in_a_wider_dtype(tmp_path):
+    model = open_checkpoint(head_checkpoint(tmp_path / "m", 1, True, "none"))
+    halves = {EMBED: torch.full((6, 3), 2048.0).half(), HEAD: torch.ones(6, 3).half()}
+    (fisher,) = harmonise_fishers([open_checkpoint(write(tmp_path / "f", halves))], [model])
+    assert fisher.tensors[EMBED].dtype == torch.float32
+    assert values(fisher.tensors[EMBED]).unique().tolist() == [2049]
 
 
 # ---- float8
