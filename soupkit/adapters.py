@@ -74,15 +74,27 @@ def merge_adapters(
     return out
 
 
+def parse_weights(weights: Sequence[float], num_ingredients: int) -> list[float]:
+    """One finite number per ingredient. Raises MergeError for anything else."""
+    try:
+        values = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise MergeError(f"weights must be numbers, one per ingredient; found {weights!r}") from None
+    if len(values) != num_ingredients:
+        raise MergeError(f"found {len(values)} weights for {num_ingredients} ingredients: give one each")
+    for position, value in enumerate(values, start=1):
+        if not math.isfinite(value):
+            raise MergeError(f"weight {position} is {value}: weights must be finite")
+    return values
+
+
 def _shares(weights: Sequence[float] | None, num: int, normalize: bool) -> list[float]:
     if num == 0:
         raise MergeError("no adapters to merge: give at least one folder")
-    shares = [1.0] * num if weights is None else [float(weight) for weight in weights]
-    if len(shares) != num:
-        raise MergeError(f"{len(shares)} weights for {num} adapters: give one weight per adapter")
+    shares = [1.0] * num if weights is None else parse_weights(weights, num)
     total = math.fsum(shares)
-    if not math.isfinite(total) or (normalize and total == 0):
-        raise MergeError(f"weights {shares} have the sum {total}: give finite weights, with a sum other than 0")
+    if normalize and total == 0:
+        raise MergeError(f"weights {shares} have the sum 0: give weights with another sum, or normalize=False")
     return [share / total for share in shares] if normalize else shares
 
 

@@ -25,8 +25,9 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLED_FILE = "pytorch_model.bin"
 PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
-# Text files that define a tokenizer, compared byte by byte; tokenizer.json is compared by content.
-VOCABULARY_FILES = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
+TOKENIZER_FILE = "tokenizer.json"
+# Other files that spell out a tokenizer's tokens.
+VOCABULARY_FILES = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "added_tokens.json")
 HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
 # What from_pretrained needs beside the weights: configs, tokenizer, chat templates, remote code.
 COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
@@ -157,7 +158,7 @@ def tokenizer_difference(a: Path, b: Path) -> str | None:
     for name in VOCABULARY_FILES:
         if (a / name).exists() and (b / name).exists() and read_bytes(a / name) != read_bytes(b / name):
             return name
-    paths = (a / "tokenizer.json", b / "tokenizer.json")
+    paths = (a / TOKENIZER_FILE, b / TOKENIZER_FILE)
     if not all(path.exists() for path in paths) or read_bytes(paths[0]) == read_bytes(paths[1]):
         return None
     contents = [read_json(path) for path in paths]
@@ -166,10 +167,10 @@ def tokenizer_difference(a: Path, b: Path) -> str | None:
         if mine.get(token) != theirs.get(token):
             return f"token {token!r} has id {mine.get(token, 'none')} and {theirs.get(token, 'none')}"
     merges = [content["model"].get("merges") for content in contents]
-    return "merges of tokenizer.json" if merges[0] != merges[1] else None
+    return f"merges of {TOKENIZER_FILE}" if merges[0] != merges[1] else None
 
 
-def token_ids(tokenizer: dict[str, Any], path: str | Path = "tokenizer.json") -> dict[str, int]:
+def token_ids(tokenizer: dict[str, Any], path: str | Path = TOKENIZER_FILE) -> dict[str, int]:
     """Token to id. Settings such as padding and truncation are left out: programs rewrite them as they run."""
     try:
         vocabulary = tokenizer["model"]["vocab"]

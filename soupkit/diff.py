@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from soupkit.checkpoint import open_checkpoint
+from soupkit.checkpoint import TOKENIZER_FILE, VOCABULARY_FILES, open_checkpoint
 from soupkit.errors import MergeError
 from soupkit.files import read_json
 from soupkit.inspection import Readable, dtype_name, layer_of, streamed_sums, tokens_of
@@ -28,18 +28,8 @@ from soupkit.tables import finite_or_none, number, percent, printable, shape_tex
 
 Model = Mapping[str, Tensor] | Module | str | Path
 
-# Text files that define a tokenizer; tokenizer.json is compared token by token.
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
+# Beside tokenizer.json, which is compared token by token.
+TOKENIZER_FILES = (*VOCABULARY_FILES, "special_tokens_map.json", "tokenizer_config.json", "chat_template.jinja")
 OUTSIDE_LAYERS = "(outside layers)"
 
 
@@ -455,14 +445,14 @@ def _tokenizer_differences(a: Path, b: Path) -> Iterator[str]:
     tokens_a, tokens_b = tokens_of(a), tokens_of(b)
     if tokens_a is not None and tokens_b is not None:
         yield from _token_differences(tokens_a, tokens_b)
-        merges = [read_json(folder / "tokenizer.json").get("model", {}).get("merges") for folder in (a, b)]
+        merges = [read_json(folder / TOKENIZER_FILE).get("model", {}).get("merges") for folder in (a, b)]
         if merges[0] != merges[1]:
-            yield "the merges of tokenizer.json differ"
-    for name in ("tokenizer.json", *TOKENIZER_FILES):
+            yield f"the merges of {TOKENIZER_FILE} differ"
+    for name in (TOKENIZER_FILE, *TOKENIZER_FILES):
         present = [(folder / name).is_file() for folder in (a, b)]
         if present[0] != present[1]:
             yield f"{name} is only in {'a' if present[0] else 'b'}"
-        elif all(present) and name != "tokenizer.json" and (a / name).read_bytes() != (b / name).read_bytes():
+        elif all(present) and name != TOKENIZER_FILE and (a / name).read_bytes() != (b / name).read_bytes():
             yield f"{name} differs"
 
 

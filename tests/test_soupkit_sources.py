@@ -933,9 +933,10 @@ def test_bad_calls_of_merge_adapters(tmp_path):
     (forged / "adapter_config.json").symlink_to(first / "adapter_config.json")
     cases = [
         ([], None, "no adapters to merge"),
-        ([first, first], [1], "1 weights for 2 adapters"),
-        ([first, first], [1, -1], "have the sum 0.0"),
-        ([first], [float("nan")], "have the sum nan"),
+        ([first, first], [1], "found 1 weights for 2 ingredients: give one each"),
+        ([first, first], [1, -1], "have the sum 0: give"),
+        ([first], [float("nan")], "weight 1 is nan: weights must be finite"),
+        ([first], ["much"], "weights must be numbers, one per ingredient; found"),
         (
             [first, write_adapter(tmp_path / "b", lora(Q, 1), base_model_name_or_path="x")],
             None,
@@ -1015,8 +1016,7 @@ def test_a_union_of_vocabularies_worked_by_hand(tmp_path):
     ]
     unified = unify_vocabularies([open_checkpoint(folder) for folder in folders])
     assert unified.tokenizer_json["model"]["vocab"] == {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
-    assert unified.vocab_size == 5
-    assert unified.config_overrides == {"vocab_size": 5}
+    assert unified.checkpoints[0].config["vocab_size"] == 5
     assert unified.companions == folders[0]
     # a, b, c, d, e; d is in 2 (row 202) and 3 (row 302): the first takes their mean; e is in the third alone.
     assert first_column(unified.checkpoints[0]) == [100, 101, 102, 252, 303]
@@ -1087,11 +1087,11 @@ def test_padding_rows_are_used_first_and_else_shared(tmp_path):
         vocabulary_checkpoint(tmp_path / "2", ["a", "c", "b"], 4, 2),
     ]
     unified = unify_vocabularies([open_checkpoint(folder) for folder in folders])
-    assert unified.vocab_size == 5
+    assert unified.checkpoints[0].config["vocab_size"] == 5
     assert first_column(unified.checkpoints[0]) == [100, 101, 201, 103, 104]
     assert first_column(unified.checkpoints[1]) == [200, 202, 201, 103, 104]
     swapped = unify_vocabularies([open_checkpoint(folder) for folder in folders[::-1]])
-    assert swapped.vocab_size == 4  # a, c, b and one row of padding
+    assert swapped.checkpoints[0].config["vocab_size"] == 4  # a, c, b and one row of padding
     assert first_column(swapped.checkpoints[1]) == [100, 201, 101, 203]
 
 
@@ -1148,7 +1148,7 @@ def test_merges_are_joined_where_one_list_continues_the_other(tmp_path):
     fork = bpe(tmp_path / "fork", ["a b", "c a"], 4)
     unified = unify_vocabularies([short, long])
     assert unified.tokenizer_json["model"]["merges"] == [["a", "b"], ["b", "c"], ["ab", "c"]]
-    assert unified.vocab_size == 6
+    assert unified.checkpoints[0].config["vocab_size"] == 6
     assert Tokenizer.from_str(json.dumps(unified.tokenizer_json)).encode("abc").ids == [5]
     unified = unify_vocabularies([long, short, part])
     assert unified.tokenizer_json["model"]["merges"] == [["a", "b"], ["b", "c"], ["ab", "c"]]
@@ -1240,6 +1240,16 @@ def test_a_union_gives_each_model_the_logits_it_had(tmp_path):
             new = model(torch.tensor([[common[word] for word in text]])).logits[0]
         order = [common[word] for word in words]
         torch.testing.assert_close(new[:, order], old, rtol=0, atol=1e-5)
+
+
+def test_slow_tokenizers_that_differ_in_their_added_tokens(tmp_path):
+    opened = [open_checkpoint(write(tmp_path / name, {"w": torch.ones(2)})) for name in "ab"]
+    for checkpoint, number in zip(opened, (7, 8), strict=True):
+        (checkpoint.folder / "vocab.txt").write_text("the same")
+        require_same_tokenizer(*opened)
+        (checkpoint.folder / "added_tokens.json").write_text(json.dumps({"<tool>": number}))
+    with pytest.raises(MergeError, match=r"the tokenizers of .*a and .*b differ \(added_tokens.json\)"):
+        require_same_tokenizer(*opened)
 
 
 def test_tokenizer_files_that_are_none(tmp_path):
