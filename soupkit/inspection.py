@@ -316,7 +316,12 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
     for dtype, counts in found.dtypes.items():
         rows.append((dtype, f"{counts['elements']:,} elements in {counts['tensors']:,} tensors"))
     rows.append(("head", found.head))
-    rows += [("vocabulary", f"{count} ({where})") for where, count in found.vocabulary.items()]
+    rows += [
+        ("vocabulary", f"{count:,} ({where})" if isinstance(count, int) else f"{count} ({where})")
+        for where, count in found.vocabulary.items()
+    ]
+    if len(found.files) > 1:
+        rows.append(("files", f"{len(found.files)} shards, {size(sum(found.files.values()))}"))
     rows += [("file", f"{name}, {size(num_bytes)}") for name, num_bytes in found.files.items()]
     rows += [("soup", line) for line in found.making]
     rows += [("note", note) for note in found.notes]
