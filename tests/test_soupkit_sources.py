@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import WORDS, llama_config, make_llama, make_tokenizer
+from helpers import WORDS, llama_config, make_llama, make_tokenizer, run_python
 from safetensors.torch import load, load_file, save, save_file
 from tokenizers import Tokenizer
 
@@ -118,6 +118,28 @@ def test_threads_read_one_source_at_the_same_time(tmp_path):
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(check, range(16)))
+
+
+def test_few_files_are_open_at_a_time(tmp_path):
+    """Eight models in 40 shards each, under a limit that the soup's own 40 and one of each model hardly stay below."""
+    names = [f"model-{number:05}-of-00040.safetensors" for number in range(1, 41)]
+    placed = {f"w{number:02}": name for number, name in enumerate(names)}
+    for model in range(8):
+        folder = tmp_path / f"m{model}"
+        folder.mkdir()
+        for tensor, name in placed.items():
+            save_file({tensor: torch.full((2,), float(model))}, folder / name)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    script = """
+import resource, sys, soupkit
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+soupkit.average([f"{sys.argv[1]}/m{i}" for i in range(8)], out=f"{sys.argv[1]}/soup", num_threads=1, progress=False)
+"""
+    result = run_python(["-c", script, str(tmp_path)])
+    assert result.returncode == 0, result.stderr
+    soup = open_checkpoint(tmp_path / "soup")
+    assert len(soup.files) == 40
+    assert all(values(tensor).tolist() == [3.5, 3.5] for tensor in soup.tensors.values())
 
 
 def test_a_file_that_shrinks_during_the_merge(tmp_path):
