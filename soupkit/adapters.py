@@ -6,10 +6,8 @@ the products: Σ w_i s_i B_i A_i = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ..
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,16 +17,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from soupkit.checkpoint import locate
+from soupkit.checkpoint import companion_files, copy_companions, locate
 from soupkit.errors import MergeError
+from soupkit.files import write_json
 from soupkit.hashing import DEFAULT, hash_file
 from soupkit.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter, read_adapter
 from soupkit.provenance import VERSION
 from soupkit.publish import check_output, published_folder
 from soupkit.sources import load_tensor
-
-# Tokenizer files that trainers put beside an adapter.
-COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*.model")
 
 
 def merge_adapters(
@@ -68,27 +64,37 @@ def merge_adapters(
         if out.exists() and out.samefile(adapter.folder):
             raise FileExistsError(f"{out} is one of the ingredients: choose another output folder")
     check_output(out, overwrite)
+    companion_files(opened[0].folder)  # before the work, for what it refuses
     tensors, ranks = _matrices(opened, shares)
     with published_folder(out, overwrite) as partial:
-        for pattern in COPIED:
-            for path in opened[0].folder.glob(pattern):
-                if path.is_file():
-                    shutil.copyfile(path, partial / path.name)
+        copy_companions(opened[0].folder, partial)
         (partial / WEIGHTS_FILE).write_bytes(save(tensors | saved, metadata={"format": "pt"}))
-        _write_json(partial / CONFIG_FILE, _config(opened[0], ranks, saved))
-        _write_json(partial / "soup.json", _record(opened, shares, partial))
+        write_json(partial / CONFIG_FILE, _config(opened[0], ranks, saved))
+        write_json(partial / "soup.json", _record(opened, shares, partial))
     return out
+
+
+def parse_weights(weights: Sequence[float], num_ingredients: int) -> list[float]:
+    """One finite number per ingredient. Raises MergeError for anything else."""
+    try:
+        values = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise MergeError(f"weights must be numbers, one per ingredient; found {weights!r}") from None
+    if len(values) != num_ingredients:
+        raise MergeError(f"found {len(values)} weights for {num_ingredients} ingredients: give one each")
+    for position, value in enumerate(values, start=1):
+        if not math.isfinite(value):
+            raise MergeError(f"weight {position} is {value}: weights must be finite")
+    return values
 
 
 def _shares(weights: Sequence[float] | None, num: int, normalize: bool) -> list[float]:
     if num == 0:
         raise MergeError("no adapters to merge: give at least one folder")
-    shares = [1.0] * num if weights is None else [float(weight) for weight in weights]
-    if len(shares) != num:
-        raise MergeError(f"{len(shares)} weights for {num} adapters: give one weight per adapter")
+    shares = [1.0] * num if weights is None else parse_weights(weights, num)
     total = math.fsum(shares)
-    if not math.isfinite(total) or (normalize and total == 0):
-        raise MergeError(f"weights {shares} have the sum {total}: give finite weights, with a sum other than 0")
+    if normalize and total == 0:
+        raise MergeError(f"weights {shares} have the sum 0: give weights with another sum, or normalize=False")
     return [share / total for share in shares] if normalize else shares
 
 
@@ -178,13 +184,10 @@ def _record(adapters: Sequence[Adapter], shares: Sequence[float], folder: Path) 
         {"folder": adapter.label, "role": "ingredient", "files": {adapter.file.name: _fingerprint(adapter.file)}}
         for adapter in adapters
     ]
-    files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
+    written = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in written}
     return {"soupkit": VERSION, "recipe": recipe, "ingredients": ingredients, "files": files, "dtype": "float32"}
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, DEFAULT: hash_file(path)}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soupkit.checkpoint import HUB_ID
 from soupkit.methods import find_method
 from soupkit.tables import printable
-
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -24,20 +23,18 @@ class Ingredient:
     parameters: Mapping[str, Any]
 
 
-def model_card(record: Mapping[str, Any], config: Mapping[str, Any], hub_ids: Collection[str] | None = None) -> str:
+def model_card(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """The text of README.md for a soup.
 
-    ``record`` is the content of soup.json, ``config`` that of config.json. ``hub_ids`` are those parts of the models'
-    labels that are ids on the hub: they become links, and the front matter's base_model, where a path of this machine
-    never appears. None: what looks like one and is no path here, as when a checkpoint is opened.
+    ``record`` is the content of soup.json, ``config`` that of config.json. Those parts of the models' labels that
+    are hub ids become links, and the front matter's base_model, where a path of this machine never appears.
     """
     recipe = record["recipe"]
     row = find_method(recipe["method"])
     ingredients = ingredients_of(recipe)
-    if hub_ids is None:
-        hub_ids = hub_ids_of(ingredient.label for ingredient in ingredients)
+    hub_ids = hub_ids_of(ingredient.label for ingredient in ingredients)
     sections = [
-        f"---\n{to_yaml(_front_matter(recipe['method'], config, ingredients, hub_ids))}---",
+        f"---\n{to_yaml(_front_matter(recipe['method'], config, hub_ids))}---",
         "# A model soup",
         f"The weights of this model were computed from those of the models below, tensor by tensor and without "
         f"training, by soupkit {record['soupkit']} with the method `{recipe['method']}`. They are stored in "
@@ -67,7 +64,8 @@ def ingredients_of(recipe: Mapping[str, Any]) -> list[Ingredient]:
 
 def hub_ids_of(labels: Iterable[str]) -> list[str]:
     """The hub ids in labels such as "org/model", "org/model@revision" and "org/model+org/adapter"."""
-    ids = [part for label in labels for part in _parts(label) if HUB_ID.fullmatch(part)]
+    found = [HUB_ID.fullmatch(part) for label in labels for part in label.split("+")]
+    ids = [match["id"] for match in found if match]
     # Where its parent is a folder here, as in runs/sft1, it is a path.
     return [name for name in dict.fromkeys(ids) if not Path(name).parent.is_dir()]
 
@@ -98,27 +96,19 @@ def to_yaml(content: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
 
 
-def _parts(label: str) -> list[str]:
-    return [part.partition("@")[0] for part in label.split("+")]
-
-
 def _longest_backticks(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 
 
-def _front_matter(
-    method: str, config: Mapping[str, Any], ingredients: Sequence[Ingredient], hub_ids: Collection[str]
-) -> dict[str, Any]:
+def _front_matter(method: str, config: Mapping[str, Any], hub_ids: Sequence[str]) -> dict[str, Any]:
     matter: dict[str, Any] = {"library_name": "transformers"} if config.get("model_type") else {}
     matter["tags"] = ["merge", "model-soup", "soupkit", method]
-    parts = [part for ingredient in ingredients for part in _parts(ingredient.label)]
-    bases = [part for part in dict.fromkeys(parts) if part in hub_ids]
-    if bases:
-        matter |= {"base_model": bases, "base_model_relation": "merge"}
+    if hub_ids:
+        matter |= {"base_model": hub_ids, "base_model_relation": "merge"}
     return matter
 
 
-def _table(ingredients: Sequence[Ingredient], hub_ids: Collection[str]) -> str:
+def _table(ingredients: Sequence[Ingredient], hub_ids: Sequence[str]) -> str:
     lines = ["| model | role | parameters |", "|---|---|---|"]
     for ingredient in ingredients:
         label = code(ingredient.label)

@@ -7,7 +7,8 @@ with a LoRA adapter folded in ("BASE+ADAPTER"); or a hub id for any folder of th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,15 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLED_FILE = "pytorch_model.bin"
 PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
-# Text files that define a tokenizer, compared byte by byte; tokenizer.json is compared by content.
-VOCABULARY_FILES = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py")
+TOKENIZER_FILE = "tokenizer.json"
+# Other files that spell out a tokenizer's tokens.
+VOCABULARY_FILES = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "added_tokens.json")
+HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
+# What from_pretrained needs beside the weights: configs, tokenizer, chat templates, remote code.
+COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
+NO_COMPANIONS = {"config.json", "soup.json", "trainer_state.json", "adapter_config.json"}
+CHAT_TEMPLATES = "additional_chat_templates"  # a sub-folder, for all but the first
+HUB_PATTERNS = ("*.safetensors", *(f"*{suffix}" for suffix in COMPANION_SUFFIXES))
 HUB_PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
 # What quantised weights are stored with; without it they mean nothing.
 SCALES = ("_scale", "_scale_inv", ".scales", ".SCB")
@@ -79,8 +85,36 @@ def open_checkpoint(source: str | Path, *, allow_pickle: bool = False) -> Checkp
     if not tensors:
         raise MergeError(f"{folder} holds no tensors: is this the right folder?")
     path = folder / "config.json"
+    require_own_file(folder, path)
     checkpoint = Checkpoint(str(source), folder, tuple(files), tensors, read_json(path) if path.exists() else {})
     return _without_tied_heads(checkpoint)
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """What ``from_pretrained`` needs beside the weights and config.json, as paths within the folder, in order.
+
+    Raises MergeError for one that is a link out of the folder.
+    """
+    paths = [*folder.iterdir(), *(folder / CHAT_TEMPLATES).glob("*.jinja")]
+    wanted = [
+        path
+        for path in sorted(paths)
+        if path.suffix in COMPANION_SUFFIXES
+        and path.name not in NO_COMPANIONS
+        and not path.name.startswith(".")
+        and not path.name.endswith(".index.json")
+    ]
+    for path in wanted:
+        require_own_file(folder, path)
+    return [path.relative_to(folder) for path in wanted if path.is_file()]
+
+
+def copy_companions(source: Path, target: Path, *, leave_out: Collection[str] = ()) -> None:
+    """Copy the companion files of one folder to another, but for those of the names in ``leave_out``."""
+    for path in companion_files(source):
+        if path.name not in leave_out:
+            (target / path).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / path, target / path)
 
 
 def require_plain_weights(checkpoint: Checkpoint) -> None:
@@ -124,7 +158,7 @@ def tokenizer_difference(a: Path, b: Path) -> str | None:
     for name in VOCABULARY_FILES:
         if (a / name).exists() and (b / name).exists() and read_bytes(a / name) != read_bytes(b / name):
             return name
-    paths = (a / "tokenizer.json", b / "tokenizer.json")
+    paths = (a / TOKENIZER_FILE, b / TOKENIZER_FILE)
     if not all(path.exists() for path in paths) or read_bytes(paths[0]) == read_bytes(paths[1]):
         return None
     contents = [read_json(path) for path in paths]
@@ -133,10 +167,10 @@ def tokenizer_difference(a: Path, b: Path) -> str | None:
         if mine.get(token) != theirs.get(token):
             return f"token {token!r} has id {mine.get(token, 'none')} and {theirs.get(token, 'none')}"
     merges = [content["model"].get("merges") for content in contents]
-    return "merges of tokenizer.json" if merges[0] != merges[1] else None
+    return f"merges of {TOKENIZER_FILE}" if merges[0] != merges[1] else None
 
 
-def token_ids(tokenizer: dict[str, Any], path: str | Path = "tokenizer.json") -> dict[str, int]:
+def token_ids(tokenizer: dict[str, Any], path: str | Path = TOKENIZER_FILE) -> dict[str, int]:
     """Token to id. Settings such as padding and truncation are left out: programs rewrite them as they run."""
     try:
         vocabulary = tokenizer["model"]["vocab"]
@@ -211,12 +245,13 @@ def locate(source: str | Path, allow_pickle: bool) -> Path:
         return path
     if path.exists():
         raise MergeError(f"{source} is a file: give the checkpoint folder that holds it")
-    if isinstance(source, str) and HUB_ID.fullmatch(source):
+    hub_id = HUB_ID.fullmatch(source) if isinstance(source, str) else None
+    if hub_id:
         # Where its parent is a folder here, as in runs/sft9, it is a mistyped path rather than a hub id.
         if not path.parent.is_dir():
-            folder = _download(source)
+            folder = _download(hub_id)
             if allow_pickle and not any(folder.glob("*.safetensors")):
-                return _download(source, (*HUB_PATTERNS, *HUB_PICKLES))
+                return _download(hub_id, (*HUB_PATTERNS, *HUB_PICKLES))
             return folder
         raise MergeError(
             f"{source} does not exist: give a checkpoint folder, or a hub id (not looked for on the hub, since there "
@@ -225,18 +260,40 @@ def locate(source: str | Path, allow_pickle: bool) -> Path:
     raise MergeError(f"{source} does not exist: give a checkpoint folder, or a hub id such as org/name")
 
 
-def _download(hub_id: str, patterns: tuple[str, ...] = HUB_PATTERNS) -> Path:
+def folders_of(label: str) -> list[Path]:
+    """The folders that a label stands for on this machine: one, or those of "BASE+ADAPTER"; nothing is downloaded.
+
+    A hub id stands for its snapshot in the hub cache. Where there is none, the path given is of no folder.
+    """
+    parts = _base_and_adapter(label)
+    if parts:
+        return [folder for part in parts for folder in folders_of(part)]
+    path = Path(label).expanduser()
+    hub_id = HUB_ID.fullmatch(label)
+    if hub_id and not path.is_dir() and not path.parent.is_dir():
+        try:
+            from huggingface_hub import snapshot_download
+
+            return [Path(snapshot_download(hub_id["id"], revision=hub_id["revision"], local_files_only=True))]
+        except (ImportError, OSError, ValueError):
+            pass  # not in the cache
+    return [path]
+
+
+def _download(hub_id: re.Match[str], patterns: tuple[str, ...] = HUB_PATTERNS) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise MergeError(f"{hub_id} is no folder here; to fetch it as a hub id: pip install huggingface_hub") from None
+        raise MergeError(
+            f"{hub_id[0]} is no folder here; to fetch it as a hub id: pip install huggingface_hub"
+        ) from None
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
+        return Path(snapshot_download(hub_id["id"], revision=hub_id["revision"], allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
         reason = type(error).__name__
         raise MergeError(
-            f"{hub_id} is no folder here, and the hub could not provide it ({reason}): check the path, the hub id and "
-            "the network, or download it first"
+            f"{hub_id[0]} is no folder here, and the hub could not provide it ({reason}): check the path, the hub id "
+            "and the network, or download it first"
         ) from error
 
 

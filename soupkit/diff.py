@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from soupkit.checkpoint import open_checkpoint
+from soupkit.checkpoint import TOKENIZER_FILE, VOCABULARY_FILES, open_checkpoint
 from soupkit.errors import MergeError
 from soupkit.files import read_json
 from soupkit.inspection import Readable, dtype_name, layer_of, streamed_sums, tokens_of
@@ -28,19 +29,10 @@ from soupkit.tables import finite_or_none, number, percent, printable, shape_tex
 
 Model = Mapping[str, Tensor] | Module | str | Path
 
-# Text files that define a tokenizer; tokenizer.json is compared token by token.
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
+# Beside tokenizer.json, which is compared token by token.
+TOKENIZER_FILES = (*VOCABULARY_FILES, "special_tokens_map.json", "tokenizer_config.json", "chat_template.jinja")
 OUTSIDE_LAYERS = "(outside layers)"
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # of a layer or an expert, in a tensor's name
 
 
 @dataclass(frozen=True)
@@ -170,6 +162,16 @@ class Diff:
         return layers
 
     @property
+    def kinds(self) -> dict[str, Distance]:
+        """{name with * for its numbers: distance over all floating-point tensors of such a name}, in the order of a."""
+        kinds: dict[str, Distance] = {}
+        for tensor in self.tensors:
+            if tensor.is_floating:
+                kind = NUMBER.sub("*", tensor.name)
+                kinds[kind] = kinds.get(kind, Distance()) + tensor.distance
+        return kinds
+
+    @property
     def same_weights(self) -> bool:
         """The same tensors with the same shapes, dtypes and numbers."""
         return not (self.only_in_a or self.only_in_b or self.shapes) and all(
@@ -181,18 +183,20 @@ class Diff:
         return self.render()
 
     def render(self, *, num_tensors: int = 15, by_layer: bool = False) -> str:
-        """A table: the total, then the tensors of largest relative distance, or every layer in order."""
+        """Tables: the total, then the kinds and the tensors of largest relative distance, or every layer in order."""
         total = self.total
         parts = ["\n".join(self._title()), text_table(("total", ""), self._total_rows(total))]
         with_base = self.base is not None
         if by_layer:
             parts.append(_distance_table("layer", self.layers.items(), with_base))
         else:
-            different = [t for t in self.tensors if t.distance.num_equal < t.distance.num_elements]
-            different.sort(key=lambda tensor: tensor.distance.relative, reverse=True)
-            rows = [(tensor.name, tensor.distance) for tensor in different[:num_tensors]]
-            title = f"most different, {len(rows)} of {len(different)}"
-            parts += [_distance_table(title, rows, with_base)] if rows else []
+            tensors = {tensor.name: tensor.distance for tensor in self.tensors}
+            for what, distances in (("kinds", self.kinds), ("tensors", tensors)):
+                different = [item for item in distances.items() if item[1].num_equal < item[1].num_elements]
+                different.sort(key=lambda item: item[1].relative, reverse=True)
+                title = f"most different {what}, {min(num_tensors, len(different))} of {len(different)}"
+                if different and not (what == "kinds" and len(distances) == len(tensors)):
+                    parts.append(_distance_table(title, different[:num_tensors], with_base))
         parts += ["\n".join(notes)] if (notes := list(self._notes())) else []
         return "\n\n".join(parts)
 
@@ -205,6 +209,8 @@ class Diff:
             "base": self.base,
             "same_weights": self.same_weights,
             "total": self.total.to_dict(with_base),
+            "layers": {layer: distance.to_dict(with_base) for layer, distance in self.layers.items()},
+            "kinds": {kind: distance.to_dict(with_base) for kind, distance in self.kinds.items()},
             "tensors": {
                 tensor.name: {"shape": list(tensor.shape), "dtypes": list(tensor.dtypes)}
                 | tensor.distance.to_dict(with_base)
@@ -229,7 +235,7 @@ class Diff:
             ("‖a−b‖", number(total.l2)),
             ("‖a−b‖/‖a‖", number(total.relative)),
             ("max |a−b|", number(total.max_abs)),
-            ("cosine of a and b", number(total.cosine, 6)),
+            ("cosine of a and b", _cosine_text(total.cosine)),
             ("equal elements", percent(total.equal_share)),
         ]
         if self.base is not None:
@@ -455,14 +461,14 @@ def _tokenizer_differences(a: Path, b: Path) -> Iterator[str]:
     tokens_a, tokens_b = tokens_of(a), tokens_of(b)
     if tokens_a is not None and tokens_b is not None:
         yield from _token_differences(tokens_a, tokens_b)
-        merges = [read_json(folder / "tokenizer.json").get("model", {}).get("merges") for folder in (a, b)]
+        merges = [read_json(folder / TOKENIZER_FILE).get("model", {}).get("merges") for folder in (a, b)]
         if merges[0] != merges[1]:
-            yield "the merges of tokenizer.json differ"
-    for name in ("tokenizer.json", *TOKENIZER_FILES):
+            yield f"the merges of {TOKENIZER_FILE} differ"
+    for name in (TOKENIZER_FILE, *TOKENIZER_FILES):
         present = [(folder / name).is_file() for folder in (a, b)]
         if present[0] != present[1]:
             yield f"{name} is only in {'a' if present[0] else 'b'}"
-        elif all(present) and name != "tokenizer.json" and (a / name).read_bytes() != (b / name).read_bytes():
+        elif all(present) and name != TOKENIZER_FILE and (a / name).read_bytes() != (b / name).read_bytes():
             yield f"{name} differs"
 
 
@@ -483,17 +489,28 @@ def _tensor_distance(name: str, a: _Side, b: _Side, distance: Distance) -> Tenso
 
 
 def _distance_table(title: str, rows: Iterable[tuple[str, Distance]], with_base: bool) -> str:
-    header = [title, "‖a−b‖", "‖a−b‖/‖a‖", "max |a−b|", "cosine", "equal"]
-    header += ["‖a−base‖", "‖b−base‖", "task cosine", "same sign"] if with_base else []
+    """A line for each; of task vectors rather than models where there is a base, since both do not fit a screen."""
+    header = [title, "‖a−b‖/‖a‖"]
+    header += (
+        ["‖a−base‖", "‖b−base‖", "task cos", "same sign"] if with_base else ["‖a−b‖", "max |a−b|", "cosine", "equal"]
+    )
     lines = []
     for name, distance in rows:
-        cells = [printable(name), number(distance.l2), number(distance.relative), number(distance.max_abs)]
-        cells += [number(distance.cosine, 6), percent(distance.equal_share)]
+        cells = [printable(name), number(distance.relative)]
         if with_base:
             cells += [number(distance.task_norm_a), number(distance.task_norm_b)]
             cells += [number(distance.task_cosine), percent(distance.sign_agreement)]
+        else:
+            cells += [number(distance.l2), number(distance.max_abs)]
+            cells += [_cosine_text(distance.cosine), percent(distance.equal_share)]
         lines.append(cells)
     return text_table(header, lines)
+
+
+def _cosine_text(cosine: float) -> str:
+    """Six digits; fine-tunings of one model are closer than that, and what is not 1 must not read as if it were."""
+    gap = 1 - cosine
+    return f"1−{gap:.2g}" if 1e-12 < gap < 5e-7 else number(cosine, 6)
 
 
 def _shape(side: _Side, name: str) -> tuple[int, ...]:

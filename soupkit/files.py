@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return parsed
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object as JSON that a person can read."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def require_own_file(folder: Path, path: Path) -> None:
-    """Raise MergeError for a weight file that is a link out of its folder, unless into the hub cache's own blobs."""
-    if not path.is_symlink():
-        return
+    """Raise MergeError for a path that leads out of its folder through a link, unless into the hub cache's own blobs.
+
+    A link in a folder from anyone could bring a private file of this machine into the soup, and to where that is sent.
+    """
     home, target = folder.resolve(), path.resolve()
     # The hub cache keeps REPOSITORY/snapshots/REVISION/name -> REPOSITORY/blobs/hash.
     snapshots = [parent for parent in home.parents if parent.name == "snapshots"]

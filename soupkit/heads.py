@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from soupkit.errors import MergeError
-from soupkit.sources import TensorSource
+from soupkit.sources import Reader, TensorSource, wider_dtype
 
 if TYPE_CHECKING:
     from soupkit.checkpoint import Checkpoint
@@ -86,6 +89,59 @@ def harmonise_heads(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     for head in dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.tensors if is_head(name)):
         harmonised = _harmonise(head, harmonised)
     return harmonised
+
+
+def harmonise_fishers(fishers: Sequence[Checkpoint], ingredients: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The ingredients' Fisher estimates, one each, with the heads that the ingredients have once harmonised.
+
+    A model that lends its embeddings as a head lends their Fisher information F too. A model whose head is tied again
+    has the gradient of embeddings and head together on one parameter, which gives F_embeddings + F_head, but for the
+    correlation of the two, which no diagonal estimate knows.
+    """
+    return [_with_heads_of(ingredient, fisher) for fisher, ingredient in zip(fishers, ingredients, strict=False)]
+
+
+@dataclass(frozen=True)
+class SummedTensor:
+    """The sum of two tensors of one shape, one dtype wider than they are."""
+
+    a: TensorSource
+    b: TensorSource
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return wider_dtype(torch.promote_types(self.a.dtype, self.b.dtype))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.a.shape
+
+    @property
+    def path(self) -> Path:
+        return self.a.path
+
+    @contextmanager
+    def open(self) -> Iterator[Reader]:
+        with self.a.open() as read_a, self.b.open() as read_b:
+
+            def read(start: int, stop: int) -> Tensor:
+                return read_a(start, stop).to(self.dtype) + read_b(start, stop).to(self.dtype)
+
+            yield read
+
+
+def _with_heads_of(ingredient: Checkpoint, fisher: Checkpoint) -> Checkpoint:
+    tensors = dict(fisher.tensors)
+    for head in filter(is_head, {**ingredient.tensors, **fisher.tensors}):
+        stored = ingredient.tensors if head in ingredient.tensors else fisher.tensors
+        embedding = embedding_of(head, stored)
+        if embedding is None or embedding not in tensors:
+            continue
+        if head not in ingredient.tensors:
+            tensors[embedding] = SummedTensor(tensors[embedding], tensors.pop(head))
+        else:
+            tensors.setdefault(head, tensors[embedding])
+    return replace(fisher, tensors=tensors)
 
 
 def _harmonise(head: str, checkpoints: list[Checkpoint]) -> list[Checkpoint]:

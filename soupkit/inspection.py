@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from soupkit.card import ingredients_of, settings
-from soupkit.checkpoint import Checkpoint, open_checkpoint, token_ids
+from soupkit.checkpoint import TOKENIZER_FILE, Checkpoint, open_checkpoint, token_ids
 from soupkit.engine import Progress, parse_num_threads, run
 from soupkit.errors import MergeError
 from soupkit.files import read_json
@@ -296,13 +296,13 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, Any]:
         if is_embedding(name) and tensor.shape:
             facts[f"rows of {name}"] = tensor.shape[0]
     tokens = tokens_of(checkpoint.folder)
-    facts["tokens of tokenizer.json"] = None if tokens is None else len(tokens)
+    facts[f"tokens of {TOKENIZER_FILE}"] = None if tokens is None else len(tokens)
     return {where: count for where, count in facts.items() if count is not None}
 
 
 def tokens_of(folder: Path) -> dict[str, int] | None:
     """{token: id} of tokenizer.json, added tokens too; None without one. Raises MergeError for a damaged one."""
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER_FILE
     if not path.is_file():
         return None
     return token_ids(read_json(path), path)
@@ -316,7 +316,12 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
     for dtype, counts in found.dtypes.items():
         rows.append((dtype, f"{counts['elements']:,} elements in {counts['tensors']:,} tensors"))
     rows.append(("head", found.head))
-    rows += [("vocabulary", f"{count} ({where})") for where, count in found.vocabulary.items()]
+    rows += [
+        ("vocabulary", f"{count:,} ({where})" if isinstance(count, int) else f"{count} ({where})")
+        for where, count in found.vocabulary.items()
+    ]
+    if len(found.files) > 1:
+        rows.append(("files", f"{len(found.files)} shards, {size(sum(found.files.values()))}"))
     rows += [("file", f"{name}, {size(num_bytes)}") for name, num_bytes in found.files.items()]
     rows += [("soup", line) for line in found.making]
     rows += [("note", note) for note in found.notes]

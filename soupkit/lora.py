@@ -119,6 +119,7 @@ def read_adapter(folder: Path, label: str, allow_pickle: bool) -> Adapter:
     """Read an adapter's config and where its matrices lie. Raises MergeError for all but plain LoRA."""
     if not (folder / CONFIG_FILE).exists():
         raise MergeError(f"{label} has no {CONFIG_FILE}: give the folder of a PEFT adapter")
+    require_own_file(folder, folder / CONFIG_FILE)
     config = read_json(folder / CONFIG_FILE)
     _check_config(config, label)
     file, tensors = _read_weights(folder, label, allow_pickle)

@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soupkit.checkpoint import Checkpoint, token_ids
+from soupkit.checkpoint import TOKENIZER_FILE, Checkpoint, token_ids
 from soupkit.errors import MergeError
-from soupkit.files import read_json
+from soupkit.files import read_json, require_own_file
 from soupkit.heads import is_embedding, is_head, setting, with_setting
 from soupkit.sources import Reader, TensorSource, merge_dtype, wider_dtype
 
-TOKENIZER_FILE = "tokenizer.json"
 # What decides how a token's text is spelt, as in "Ġthe" or "▁the": the same everywhere, or texts cannot be compared.
 SPELLING = ("normalizer", "pre_tokenizer", "decoder")
 MODEL_SPELLING = ("type", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
@@ -38,16 +37,13 @@ class UnifiedVocabulary:
 
     ``tokenizer_json`` is the content of their common tokenizer.json, ``generation_config`` the first checkpoint's with
     its token ids renumbered. The tokenizer's other settings are those of the folder ``companions``, except for files
-    that spell out a vocabulary (VOCABULARY_FILES and added_tokens.json), which no longer hold. ``config_overrides`` is
-    what has changed in every config, but for renumbered token ids.
+    that spell out a vocabulary (VOCABULARY_FILES), which no longer hold.
     """
 
     checkpoints: list[Checkpoint]
     tokenizer_json: dict[str, Any]
-    vocab_size: int
     companions: Path
     generation_config: dict[str, Any] | None
-    config_overrides: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -149,8 +145,9 @@ def unify_vocabularies(
         for index, vocabulary in enumerate(vocabularies)
     ]
     path = checkpoints[0].folder / "generation_config.json"
+    require_own_file(checkpoints[0].folder, path)
     generation = _renumbered(read_json(path), vocabularies[0].ids, ids, None) if path.exists() else None
-    return UnifiedVocabulary(unified, common, vocab_size, companions, generation, {"vocab_size": vocab_size})
+    return UnifiedVocabulary(unified, common, companions, generation)
 
 
 @dataclass(frozen=True)
@@ -178,6 +175,7 @@ class _Vocabulary:
 def _read_tokenizer(folder: Path) -> dict[str, Any]:
     if not (folder / TOKENIZER_FILE).exists():
         raise MergeError(f"{folder} has no {TOKENIZER_FILE}: save its fast tokenizer there, to map tokens by text")
+    require_own_file(folder, folder / TOKENIZER_FILE)
     return read_json(folder / TOKENIZER_FILE)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import WORDS, llama_config, make_llama, make_tokenizer
+from helpers import WORDS, llama_config, make_llama, make_tokenizer, run_python
 from safetensors.torch import load, load_file, save, save_file
 from tokenizers import Tokenizer
 
@@ -27,13 +27,16 @@ from soupkit import Recipe
 from soupkit.adapters import merge_adapters
 from soupkit.checkpoint import (
     Checkpoint,
+    companion_files,
+    copy_companions,
+    folders_of,
     open_checkpoint,
     require_plain_weights,
     require_same_config,
     require_same_tokenizer,
 )
 from soupkit.errors import MergeError
-from soupkit.heads import harmonise_heads
+from soupkit.heads import harmonise_fishers, harmonise_heads
 from soupkit.safetensors_format import DTYPES, read_header
 from soupkit.sources import TensorSource, load_tensor, merge_dtype
 from soupkit.vocabulary import unify_vocabularies
@@ -115,6 +118,28 @@ def test_threads_read_one_source_at_the_same_time(tmp_path):
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(check, range(16)))
+
+
+def test_few_files_are_open_at_a_time(tmp_path):
+    """Eight models in 40 shards each, under a limit that the soup's own 40 and one of each model hardly stay below."""
+    names = [f"model-{number:05}-of-00040.safetensors" for number in range(1, 41)]
+    placed = {f"w{number:02}": name for number, name in enumerate(names)}
+    for model in range(8):
+        folder = tmp_path / f"m{model}"
+        folder.mkdir()
+        for tensor, name in placed.items():
+            save_file({tensor: torch.full((2,), float(model))}, folder / name)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    script = """
+import resource, sys, soupkit
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+soupkit.average([f"{sys.argv[1]}/m{i}" for i in range(8)], out=f"{sys.argv[1]}/soup", num_threads=1, progress=False)
+"""
+    result = run_python(["-c", script, str(tmp_path)])
+    assert result.returncode == 0, result.stderr
+    soup = open_checkpoint(tmp_path / "soup")
+    assert len(soup.files) == 40
+    assert all(values(tensor).tolist() == [3.5, 3.5] for tensor in soup.tensors.values())
 
 
 def test_a_file_that_shrinks_during_the_merge(tmp_path):
@@ -288,6 +313,60 @@ def test_links_out_of_the_folder(tmp_path):
     assert open_checkpoint(tmp_path / "folder_link").tensors.keys() == {"w"}
 
 
+def test_companions_are_what_from_pretrained_needs(tmp_path):
+    folder = write(tmp_path / "m", {"w": torch.ones(2)}, {})
+    for name in (
+        "tokenizer.json", "vocab.txt", "spiece.model", "chat_template.jinja", "modeling_x.py", "generation_config.json",
+        "model.safetensors.index.json", "trainer_state.json", "soup.json", "optimizer.bin", "README.md", ".hidden.json",
+    ):  # fmt: skip
+        (folder / name).write_text("{}")
+    for name in ("additional_chat_templates/tool.jinja", "additional_chat_templates/notes.txt", "logs/a.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "folder.json").mkdir()
+    expected = ["additional_chat_templates/tool.jinja", "chat_template.jinja", "generation_config.json"]
+    expected += ["modeling_x.py", "spiece.model", "tokenizer.json", "vocab.txt"]
+    assert sorted(map(str, companion_files(folder))) == expected
+    (tmp_path / "soup").mkdir()
+    copy_companions(folder, tmp_path / "soup", leave_out=["vocab.txt"])
+    copied = {str(path.relative_to(tmp_path / "soup")) for path in (tmp_path / "soup").rglob("*") if path.is_file()}
+    assert copied == {*expected} - {"vocab.txt"}
+    assert (tmp_path / "soup" / expected[0]).read_text() == expected[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["generation_config.json", "modeling_x.py", "additional_chat_templates", "additional_chat_templates/a.jinja"],
+)
+def test_companions_that_are_links_out_of_the_folder(tmp_path, name):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "a.jinja").write_text("a secret")
+    folder = write(tmp_path / "m", {"w": torch.ones(2)})
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(tmp_path / "private" / ("" if name == "additional_chat_templates" else "a.jinja"))
+    with pytest.raises(
+        MergeError, match=r"m/.* is a link out of its folder, to .*private.*: put the file itself there"
+    ):
+        companion_files(folder)
+    (folder / name).unlink()
+    (folder / "own").write_text("text")
+    (folder / "chat_template.jinja").symlink_to("own")
+    assert companion_files(folder) == [Path("chat_template.jinja")]
+
+
+def test_configs_and_tokenizers_that_are_links_out_of_the_folder(tmp_path):
+    names = ("config.json", "tokenizer.json", "generation_config.json")
+    folders = [vocabulary_checkpoint(tmp_path / name, ["a", "b"], 2, 1) for name in ("one", "two", "three")]
+    (tmp_path / "private.json").write_text((folders[0] / "tokenizer.json").read_text())
+    for folder, name in zip(folders, names, strict=True):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(tmp_path / "private.json")
+    refuses(folders[0], "one/config.json is a link out of its folder")
+    for folder, name in zip(folders[1:], ("two/tokenizer.json", "three/generation_config.json"), strict=True):
+        with pytest.raises(MergeError, match=f"{name} is a link out of its folder"):
+            unify_vocabularies([open_checkpoint(folder)])
+
+
 def test_the_hub_cache_links_into_its_blobs(tmp_path):
     repository = tmp_path / "models--org--name"
     snapshot = repository / "snapshots" / "0123"
@@ -296,6 +375,9 @@ def test_the_hub_cache_links_into_its_blobs(tmp_path):
     save_file({"w": torch.ones(2)}, repository / "blobs" / "abc")
     (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
     assert torch.equal(values(open_checkpoint(snapshot).tensors["w"]), torch.ones(2))
+    (snapshot / "additional_chat_templates").mkdir()
+    (snapshot / "additional_chat_templates" / "tool.jinja").symlink_to("../../../blobs/abc")
+    assert companion_files(snapshot) == [Path("additional_chat_templates/tool.jinja")]
     (tmp_path / "other" / "blobs").mkdir(parents=True)
     (repository / "blobs" / "abc").rename(tmp_path / "other" / "blobs" / "abc")
     (snapshot / "model.safetensors").unlink()
@@ -532,6 +614,47 @@ def test_ties_of_the_text_part_of_a_config(tmp_path):
         "text_config": {"tie_word_embeddings": False, "vocab_size": 6},
         "tie_word_embeddings": False,
     }
+
+
+def fisher_estimate(folder: Path, *, head: bool) -> Checkpoint:
+    """F of the embeddings 0, 1, 2, ..., of w 7 and, where there is one, of the head 100, 101, ..."""
+    information = {EMBED: torch.arange(18.0).view(6, 3), "w": torch.full((2,), 7.0)}
+    return open_checkpoint(write(folder, information | ({HEAD: 100 + information[EMBED]} if head else {})))
+
+
+PLAIN, OF_HEAD = [0.0, 1.0, 2.0], [100.0, 101.0, 102.0]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),  # per model: F of the embeddings and of the head, the first three values
+    [
+        ([(True, "none"), (False, "own")], [(PLAIN, PLAIN), (PLAIN, OF_HEAD)]),  # lent
+        ([(False, "same"), (True, "none")], [([100.0, 102.0, 104.0], None), (PLAIN, None)]),  # added up
+        ([(True, "none"), (True, "none")], [(PLAIN, None), (PLAIN, None)]),
+        ([(False, "own"), (False, "own")], [(PLAIN, OF_HEAD), (PLAIN, OF_HEAD)]),
+    ],
+)
+def test_fisher_estimates_follow_the_heads(tmp_path, kinds, expected):
+    models = [open_checkpoint(head_checkpoint(tmp_path / str(n), n, *kind)) for n, kind in enumerate(kinds)]
+    fishers = [fisher_estimate(tmp_path / f"f{n}", head=HEAD in model.tensors) for n, model in enumerate(models)]
+    harmonised = harmonise_heads(models)
+    for model, fisher, (of_embeddings, of_head) in zip(
+        harmonised, harmonise_fishers(fishers, harmonised), expected, strict=True
+    ):
+        assert (HEAD in model.tensors) == (HEAD in fisher.tensors) == (of_head is not None)
+        assert values(fisher.tensors[EMBED]).view(-1)[:3].tolist() == of_embeddings
+        if of_head:
+            assert values(fisher.tensors[HEAD]).view(-1)[:3].tolist() == of_head
+        assert values(fisher.tensors["w"]).tolist() == [7, 7]
+    assert harmonise_fishers([], harmonised) == []
+
+
+def test_fisher_estimates_of_tied_again_heads_are_added_in_a_wider_dtype(tmp_path):
+    model = open_checkpoint(head_checkpoint(tmp_path / "m", 1, True, "none"))
+    halves = {EMBED: torch.full((6, 3), 2048.0).half(), HEAD: torch.ones(6, 3).half()}
+    (fisher,) = harmonise_fishers([open_checkpoint(write(tmp_path / "f", halves))], [model])
+    assert fisher.tensors[EMBED].dtype == torch.float32
+    assert values(fisher.tensors[EMBED]).unique().tolist() == [2049]
 
 
 # ---- float8
@@ -825,11 +948,17 @@ def test_soups_of_adapters_that_save_modules_whole(tmp_path):
 def test_bad_calls_of_merge_adapters(tmp_path):
     first = write_adapter(tmp_path / "a", lora(Q, 1))
     (first / "tokenizer.json").write_text("{}")
+    linked = write_adapter(tmp_path / "linked", lora(Q, 1))
+    (linked / "vocab.txt").symlink_to(first / "tokenizer.json")
+    forged = write_adapter(tmp_path / "forged", lora(Q, 1))
+    (forged / "adapter_config.json").unlink()
+    (forged / "adapter_config.json").symlink_to(first / "adapter_config.json")
     cases = [
         ([], None, "no adapters to merge"),
-        ([first, first], [1], "1 weights for 2 adapters"),
-        ([first, first], [1, -1], "have the sum 0.0"),
-        ([first], [float("nan")], "have the sum nan"),
+        ([first, first], [1], "found 1 weights for 2 ingredients: give one each"),
+        ([first, first], [1, -1], "have the sum 0: give"),
+        ([first], [float("nan")], "weight 1 is nan: weights must be finite"),
+        ([first], ["much"], "weights must be numbers, one per ingredient; found"),
         (
             [first, write_adapter(tmp_path / "b", lora(Q, 1), base_model_name_or_path="x")],
             None,
@@ -837,6 +966,8 @@ def test_bad_calls_of_merge_adapters(tmp_path):
         ),
         ([first, write_adapter(tmp_path / "c", lora(Q, 1), fan_in_fan_out=True)], None, "fan_in_fan_out differs"),
         ([first, write_adapter(tmp_path / "d", lora(Q, 1, inputs=7))], None, f"matrices of '{Q}' differ in size"),
+        ([linked], None, "linked/vocab.txt is a link out of its folder"),
+        ([forged], None, "forged/adapter_config.json is a link out of its folder"),
         (str(first), None, "found one str where a list of adapters belongs"),
     ]
     for adapters, weights, message in cases:
@@ -907,8 +1038,7 @@ def test_a_union_of_vocabularies_worked_by_hand(tmp_path):
     ]
     unified = unify_vocabularies([open_checkpoint(folder) for folder in folders])
     assert unified.tokenizer_json["model"]["vocab"] == {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
-    assert unified.vocab_size == 5
-    assert unified.config_overrides == {"vocab_size": 5}
+    assert unified.checkpoints[0].config["vocab_size"] == 5
     assert unified.companions == folders[0]
     # a, b, c, d, e; d is in 2 (row 202) and 3 (row 302): the first takes their mean; e is in the third alone.
     assert first_column(unified.checkpoints[0]) == [100, 101, 102, 252, 303]
@@ -979,11 +1109,11 @@ def test_padding_rows_are_used_first_and_else_shared(tmp_path):
         vocabulary_checkpoint(tmp_path / "2", ["a", "c", "b"], 4, 2),
     ]
     unified = unify_vocabularies([open_checkpoint(folder) for folder in folders])
-    assert unified.vocab_size == 5
+    assert unified.checkpoints[0].config["vocab_size"] == 5
     assert first_column(unified.checkpoints[0]) == [100, 101, 201, 103, 104]
     assert first_column(unified.checkpoints[1]) == [200, 202, 201, 103, 104]
     swapped = unify_vocabularies([open_checkpoint(folder) for folder in folders[::-1]])
-    assert swapped.vocab_size == 4  # a, c, b and one row of padding
+    assert swapped.checkpoints[0].config["vocab_size"] == 4  # a, c, b and one row of padding
     assert first_column(swapped.checkpoints[1]) == [100, 201, 101, 203]
 
 
@@ -1040,7 +1170,7 @@ def test_merges_are_joined_where_one_list_continues_the_other(tmp_path):
     fork = bpe(tmp_path / "fork", ["a b", "c a"], 4)
     unified = unify_vocabularies([short, long])
     assert unified.tokenizer_json["model"]["merges"] == [["a", "b"], ["b", "c"], ["ab", "c"]]
-    assert unified.vocab_size == 6
+    assert unified.checkpoints[0].config["vocab_size"] == 6
     assert Tokenizer.from_str(json.dumps(unified.tokenizer_json)).encode("abc").ids == [5]
     unified = unify_vocabularies([long, short, part])
     assert unified.tokenizer_json["model"]["merges"] == [["a", "b"], ["b", "c"], ["ab", "c"]]
@@ -1134,6 +1264,16 @@ def test_a_union_gives_each_model_the_logits_it_had(tmp_path):
         torch.testing.assert_close(new[:, order], old, rtol=0, atol=1e-5)
 
 
+def test_slow_tokenizers_that_differ_in_their_added_tokens(tmp_path):
+    opened = [open_checkpoint(write(tmp_path / name, {"w": torch.ones(2)})) for name in "ab"]
+    for checkpoint, number in zip(opened, (7, 8), strict=True):
+        (checkpoint.folder / "vocab.txt").write_text("the same")
+        require_same_tokenizer(*opened)
+        (checkpoint.folder / "added_tokens.json").write_text(json.dumps({"<tool>": number}))
+    with pytest.raises(MergeError, match=r"the tokenizers of .*a and .*b differ \(added_tokens.json\)"):
+        require_same_tokenizer(*opened)
+
+
 def test_tokenizer_files_that_are_none(tmp_path):
     opened = [other_vocabulary(tmp_path / name) for name in ("a", "b")]
     for content, message in (
@@ -1156,9 +1296,12 @@ def test_tokenizer_files_that_are_none(tmp_path):
 
 def test_what_is_fetched_from_the_hub(tmp_path, monkeypatch):
     asked: list[list[str]] = []
+    revisions: list[str | None] = []
     folder = pickled(tmp_path / "snapshot", {"w": torch.ones(2)})
 
-    def snapshot_download(hub_id: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(hub_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+        assert hub_id == "org/name"
+        revisions.append(revision)
         asked.append(allow_patterns)
         return str(folder)
 
@@ -1171,11 +1314,35 @@ def test_what_is_fetched_from_the_hub(tmp_path, monkeypatch):
     assert len(asked) == 3
     assert {"pytorch_model*.bin", "*.json"} <= set(asked[2])
     save_file({"w": torch.ones(2)}, folder / "model.safetensors")
-    open_checkpoint("org/name", allow_pickle=True)
-    assert len(asked) == 4
+    assert open_checkpoint("org/name@refs/pr/1", allow_pickle=True).label == "org/name@refs/pr/1"
+    assert revisions == [None, None, None, "refs/pr/1"]
     Path("org").mkdir()
     refuses(
         "org/name", r"^org/name does not exist: .* \(not looked for on the hub, since there is a folder org here: to"
     )
     refuses("./org/name", "^./org/name does not exist: give a checkpoint folder, or a hub id such as org/name$")
     assert len(asked) == 4
+
+
+def test_labels_stand_for_folders_without_the_network(tmp_path, monkeypatch):
+    cached = tmp_path / "hub" / "models--org--name" / "snapshots"
+    for revision in ("0" * 40, "1" * 40):
+        (cached / revision).mkdir(parents=True)
+        (cached / revision / "config.json").write_text("{}")
+    (cached.parent / "refs").mkdir()
+    (cached.parent / "refs" / "main").write_text("1" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    asked: list[Any] = []
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda self, *query, **_: asked.append(query))
+    monkeypatch.chdir(tmp_path)
+    assert folders_of("org/name") == [cached / ("1" * 40)]
+    assert folders_of("org/name@" + "0" * 40) == [cached / ("0" * 40)]
+    assert folders_of("org/name@2") == [Path("org/name@2")]
+    (tmp_path / "a+b" / "lora").mkdir(parents=True)
+    assert folders_of("a+b") == [Path("a+b")]
+    assert folders_of("org/name+a+b/lora") == [cached / ("1" * 40), Path("a+b/lora")]
+    assert folders_of("org/name+a+b+a+b/lora") == [cached / ("1" * 40), Path("a+b"), Path("a+b/lora")]
+    (tmp_path / "org").mkdir()
+    assert folders_of("org/name") == [Path("org/name")]
+    assert not asked

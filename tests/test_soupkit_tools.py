@@ -259,16 +259,44 @@ def test_the_most_different_tensors_come_first():
     a = {f"model.layers.{i}.w": torch.ones(4) for i in range(20)} | {"same.w": torch.ones(4)}
     b = {name: x * (1 + 0.01 * i) for i, (name, x) in enumerate(a.items())} | {"same.w": torch.ones(4)}
     lines = str(quietly(a, b)).splitlines()
-    table = lines[next(i for i, line in enumerate(lines) if line.startswith("most different")) + 1 :]
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("most different tensors")) + 1 :]
     assert [line.split()[0] for line in table] == [f"model.layers.{i}.w" for i in range(19, 4, -1)]
-    assert table[0].split()[1:5] == ["0.38", "0.19", "0.19", "1"]
+    assert table[0].split()[1:5] == ["0.19", "0.38", "0.19", "1"]
     short = quietly(a, b).render(num_tensors=2).splitlines()
     assert short[-1].startswith("model.layers.18.w")
     by_layer = quietly(a, b).render(by_layer=True).splitlines()
     assert by_layer[-2].startswith("model.layers.19 ")
     assert by_layer[-1].startswith("(outside layers)")
-    assert "most different, 2 of 19 " in quietly(a, b).render(num_tensors=2)
+    assert "most different tensors, 2 of 19 " in quietly(a, b).render(num_tensors=2)
     assert "most different" not in str(quietly(a, a))
+
+
+def test_kinds_gather_layers_and_experts():
+    names = [f"layers.{i}.experts.{j}.w2" for i in range(3) for j in range(2)]
+    a = {name: torch.zeros(2) for name in [*names, "norm.w", "same.1"]}
+    b = a | {name: torch.tensor([1.0, 0.0]) for name in names} | {"norm.w": torch.tensor([3.0, 4.0])}
+    found = quietly(a, b)
+    assert {kind: distance.squares for kind, distance in found.kinds.items()} == {
+        "layers.*.experts.*.w2": 6, "norm.w": 25, "same.*": 0,
+    }  # fmt: skip
+    assert found.to_dict()["kinds"]["layers.*.experts.*.w2"]["l2"] == pytest.approx(6**0.5)
+    assert found.to_dict()["layers"]["layers.1"]["num_elements"] == 4
+    assert "most different kinds, 2 of 2 " in str(found)
+    assert "most different kinds" not in str(quietly({"w": a["norm.w"]}, {"w": b["norm.w"]}))
+
+
+def test_tables_fit_a_screen():
+    x = torch.linspace(-1, 1, 99)
+    name = "model.layers.11.post_attention_layernorm.bias"
+    base, a, b = {name: x}, {name: x + x.square() / 4e4}, {name: x - x.square() / 3e4}
+    for found in (quietly(a, b), quietly(a, b, base=base)):
+        assert max(map(len, str(found).splitlines())) <= 100
+
+
+def test_cosines_near_one_do_not_read_as_one():
+    a = torch.tensor([1.0, 0.0])
+    for b, text in (([1.0, 3e-4], "1−4.5e-08"), ([1.0, 3e-3], "0.999996"), ([2.0, 0.0], "1"), ([-1.0, 0.0], "-1")):
+        assert re.search(f"cosine of a and b +{text}\n", str(quietly({"w": a}, {"w": torch.tensor(b)})))
 
 
 def test_config_and_tokenizer_differences(checkpoints):
@@ -466,6 +494,13 @@ def test_inspect_tells_how_a_soup_was_made(tmp_path):
         assert found.making == ()
         assert note in found.notes[0]
         assert note in str(found)
+
+
+def test_inspect_adds_up_shards(tmp_path):
+    folder = save(tmp_path / "m", {"a": torch.ones(2), "b": torch.ones(3)}, shards=2)
+    num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    printed = str(inspect(folder, progress=False))
+    assert re.search(rf"\nfiles +2 shards, {num_bytes} B\nfile +.*1-of.*\nfile +.*2-of", printed)
 
 
 def test_inspect_refuses_a_damaged_tokenizer_and_prints_no_control_characters(tmp_path):
@@ -740,9 +775,12 @@ def test_local_paths_are_never_base_models(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     labels = ["runs/sft1", "/abs/x", "../up", "./here", "a/b/c", "org/m@main", "org/n+org/lora", "org/m", "plain"]
     assert hub_ids_of(labels) == ["org/m", "org/n", "org/lora"]
-    record = RECORD | {"recipe": {"method": "linear", "models": ["runs/sft1", "/abs/x", "nowhere/x"]}}
-    assert "base_model" not in front_matter(model_card(record, {}, hub_ids=[]))
-    assert front_matter(model_card(record, {}))["base_model"] == ["nowhere/x"]
+    for models, bases in (
+        (["runs/sft1", "/abs/x"], None),
+        (["runs/sft1", "nowhere/x@refs/pr/1", "nowhere/x"], ["nowhere/x"]),
+    ):
+        record = RECORD | {"recipe": {"method": "linear", "models": models}}
+        assert front_matter(model_card(record, {})).get("base_model") == bases
 
 
 ODD = [
@@ -754,7 +792,7 @@ ODD = [
 @pytest.mark.parametrize("label", ODD)
 def test_odd_paths_survive_markdown_and_yaml(label):
     record = RECORD | {"recipe": {"method": "linear", "models": [{"model": label, "weight": 2.0}, "b"]}}
-    card = model_card(record, {}, hub_ids=[])
+    card = model_card(record, {})
     assert front_matter(card)["tags"][-1] == "linear"
     ((_, recipe),) = blocks(card, "yaml")
     assert yaml.safe_load(recipe) == record["recipe"]
@@ -785,7 +823,7 @@ def test_code_spans_and_fences_hold_any_text():
     ],
 )
 def test_the_card_says_how_to_load(config, expected):
-    card = model_card(RECORD, config, hub_ids=[])
+    card = model_card(RECORD, config)
     ((_, script),) = blocks(card, "python")
     assert expected in script
     compile(script, "card", "exec")
