@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from soupkit.errors import MergeError
-from soupkit.files import read_bytes, read_json, require_own_file
+from soupkit.files import CHAT_TEMPLATES, read_bytes, read_json, require_own_file
 from soupkit.heads import TIES, embedding_of, is_head, setting, with_setting
 from soupkit.lora import fold, is_adapter, read_adapter
 from soupkit.pickled import PickledTensor, read_pickle
@@ -32,7 +32,6 @@ HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", 
 # What from_pretrained needs beside the weights: configs, tokenizer, chat templates, remote code.
 COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
 NO_COMPANIONS = {"config.json", "soup.json", "trainer_state.json", "adapter_config.json"}
-CHAT_TEMPLATES = "additional_chat_templates"  # a sub-folder, for all but the first
 HUB_PATTERNS = ("*.safetensors", *(f"*{suffix}" for suffix in COMPANION_SUFFIXES))
 HUB_PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
 # What quantised weights are stored with; without it they mean nothing.

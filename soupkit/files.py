@@ -12,7 +12,17 @@ from typing import Any
 
 from soupkit.errors import MergeError
 
+# A sub-folder that belongs to a checkpoint: chat templates but for the first, as transformers saves them.
+CHAT_TEMPLATES = "additional_chat_templates"
 MAX_TEXT_BYTES = 500 * 10**6  # the largest tokenizer.json are a tenth of this
+
+
+def contents_of(folder: Path) -> list[Path]:
+    """What a checkpoint folder holds, its chat templates' sub-folder opened, as paths within it."""
+    templates = folder / CHAT_TEMPLATES
+    inner = list(templates.iterdir()) if templates.is_dir() else []
+    found = [path for path in folder.iterdir() if path != templates or not inner]
+    return sorted(path.relative_to(folder) for path in [*found, *inner])
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from soupkit.checkpoint import (
     SINGLE_FILE,
     VOCABULARY_FILES,
     Checkpoint,
+    copy_companions,
     open_checkpoint,
     require_plain_weights,
     require_same_config,
@@ -35,8 +36,9 @@ from soupkit.checkpoint import (
 )
 from soupkit.engine import Progress, Streams, Task, run, run_forked, tensor_tasks
 from soupkit.errors import MergeError
+from soupkit.files import contents_of
 from soupkit.hashing import DEFAULT, Piece, TensorHasher, hash_file
-from soupkit.heads import harmonise_heads
+from soupkit.heads import harmonise_fishers, harmonise_heads
 from soupkit.methods import Method, find_method
 from soupkit.planning import Models, TensorPlan, parameters_by_name, plan_tensors
 from soupkit.processes import can_fork
@@ -49,11 +51,8 @@ from soupkit.tables import size
 from soupkit.vocabulary import UnifiedVocabulary, unify_vocabularies
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# What from_pretrained needs beside the weights: configs, tokenizer, chat template, remote code.
-COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py"}
 # Bytes of a soup from which on children are worth the 0.1 s of their beginning.
 WORTH_FORKING = 100 * 10**6
-NOT_COPIED = {"config.json", "soup.json", "trainer_state.json", "adapter_config.json"}
 
 
 @dataclass(frozen=True)
@@ -120,6 +119,7 @@ def plan_folders(recipes: Sequence[Recipe], options: FolderOptions) -> FolderPla
         require_same_config(merged[0], other)
     ingredients = merged[: len(recipe.models)]
     base = merged[-1] if recipe.base is not None else None
+    fishers = harmonise_fishers(fishers, ingredients)
     models = Models(
         [checkpoint.tensors for checkpoint in ingredients],
         base.tensors if base else None,
@@ -398,13 +398,10 @@ def _write_index(folder: Path, shards: Mapping[str, Sequence[TensorPlan]]) -> No
 def _write_companions(plan: FolderPlan, folder: Path) -> None:
     """Config, tokenizer and the like, with the config's dtype set to the soup's."""
     source, vocabulary = plan.companions, plan.vocabulary
-    for path in sorted((vocabulary.companions if vocabulary else source.folder).iterdir()):
-        wanted = path.suffix in COPIED_SUFFIXES and not path.name.endswith(".index.json")
-        if vocabulary and path.name in (*VOCABULARY_FILES, "added_tokens.json"):
-            continue  # they spell out another vocabulary
-        if wanted and path.is_file() and path.name not in NOT_COPIED and not path.name.startswith("."):
-            shutil.copyfile(path, folder / path.name)
-    if vocabulary:
+    if vocabulary is None:
+        copy_companions(source.folder, folder)
+    else:  # whose files of other names spell out another one
+        copy_companions(vocabulary.companions, folder, leave_out=VOCABULARY_FILES)
         _write_json(folder / "tokenizer.json", vocabulary.tokenizer_json)
         if vocabulary.generation_config is not None:
             _write_json(folder / "generation_config.json", vocabulary.generation_config)
@@ -428,8 +425,11 @@ def _write_record(
     asked = None if options.dtype is None else str(options.dtype).removeprefix("torch.")
     record = describe(replace(recipe, dtype=asked), checkpoints, lambda path: {algorithm: hashes[path]})
     record["files"] = {
-        path.name: {"bytes": path.stat().st_size, algorithm: hashes.get(path) or hash_file(path, algorithm)}
-        for path in sorted(folder.iterdir())
+        path.as_posix(): {
+            "bytes": (folder / path).stat().st_size,
+            algorithm: hashes.get(folder / path) or hash_file(folder / path, algorithm),
+        }
+        for path in contents_of(folder)
     }
     record |= {"dtype": _dtype_name(plan), "non_finite": non_finite.record()}
     _write_json(folder / "soup.json", record)

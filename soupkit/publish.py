@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from soupkit.files import contents_of
+
 _LIVE: set[Path] = set()  # temporary folders that this process is filling
 _LIBC = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
 _SYNC_FILE_RANGE = getattr(_LIBC, "sync_file_range", None)
@@ -49,7 +51,7 @@ def published_folder(out: Path, overwrite: bool, *, sync: bool = True) -> Iterat
     _LIVE.add(partial)
     try:
         yield partial
-        for path in [*partial.iterdir(), partial] if sync else []:
+        for path in [*partial.rglob("*"), partial] if sync else []:
             _sync(path)
         check_output(out, overwrite)  # it may have appeared in the meantime
         _move_into_place(partial, out)
@@ -81,9 +83,9 @@ def write_back(descriptor: int, offset: int, num_bytes: int) -> None:
 def _is_only_a_checkpoint(folder: Path) -> bool:
     if not folder.is_dir() or folder.is_symlink():
         return False
-    contents = list(folder.iterdir())
+    contents = contents_of(folder)
     has_weights = any(path.suffix == ".safetensors" for path in contents)
-    return not any(path.is_dir() for path in contents) and (has_weights or not contents)
+    return not any((folder / path).is_dir() for path in contents) and (has_weights or not contents)
 
 
 def _move_into_place(partial: Path, out: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from soupkit.errors import MergeError
 from soupkit.layers import stack_sizes
 from soupkit.methods import Method, Parameter, find_method
-from soupkit.recipe_forms import read_content, read_file, read_ours, unsupported_revision
+from soupkit.recipe_forms import read_content, read_file, read_ours
 from soupkit.settings import EVERY_TENSOR, Settings, check_settings, evaluate, filters_of, parse_settings, values_of
 from soupkit.tables import dtype_name
 
@@ -72,9 +72,6 @@ class Recipe:
         """Raise MergeError unless the method exists and takes these models and parameters, with these values."""
         method = find_method(self.method)
         method.require_fit(self.method, len(self.models), self.base is not None, len(self.fishers))
-        for model in (*self.models, self.base, *self.fishers, self.tokenizer):
-            if isinstance(model, (str, Path)) and not Path(model).expanduser().exists():
-                _refuse_revision(str(model))
         if len(self.model_parameters) != len(self.models):
             raise MergeError(
                 f"found parameters of {len(self.model_parameters)} models for {len(self.models)} models: give one "
@@ -223,15 +220,6 @@ def _require_enough_models(settings: Settings, method: Method, num_models: int) 
         asked = max(values_of(settings[key]))
         if asked > num_models:
             raise MergeError(f"{key} is {asked}, and there are {num_models} models: choose at most {num_models}")
-
-
-def _refuse_revision(model: str) -> None:
-    """Refuse hub ids such as "org/model@v1", alone or in ``model+adapter``."""
-    for part in model.split("+"):
-        hub_id, _, revision = part.partition("@")
-        # Where its parent is a folder here, it is a path rather than a hub id.
-        if revision and hub_id.count("/") == 1 and not Path(hub_id).expanduser().parent.is_dir():
-            raise unsupported_revision(hub_id, revision)
 
 
 def _require_settings(scopes: Sequence[Settings], name: str, method: Method, owner: str) -> None:

@@ -91,14 +91,6 @@ def read_ours(content: Mapping[str, Any]) -> Fields:
     }
 
 
-def unsupported_revision(model: str, revision: str) -> MergeError:
-    """The error for a model at a revision of the hub."""
-    return MergeError(
-        f"{model} is wanted at revision {revision}, and soupkit does not look revisions up: download it (hf download "
-        f"{model} --revision {revision} --local-dir FOLDER) and name the folder"
-    )
-
-
 def _read_our_model(entry: Any, number: int) -> tuple[str, dict[str, Any], str | None]:
     """(model, its parameters, its Fisher information)."""
     if not isinstance(entry, Mapping):
@@ -227,9 +219,8 @@ def _reference(value: Any, where: str) -> str:
     if isinstance(value, Mapping):
         if "path" in value:
             _refuse_unknown(value, ("path", "revision"), where)
-            if value.get("revision"):
-                raise unsupported_revision(_text(value, "path"), value["revision"])
-            return _text(value, "path")
+            revision = value.get("revision")
+            return _text(value, "path") + (f"@{revision}" if revision else "")
         _refuse_unknown(value, ("model", "lora"), where)
         parts = [value.get("model"), *([value["lora"]] if value.get("lora") else [])]
         return "+".join(_reference(part, where) for part in parts)

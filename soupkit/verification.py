@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from soupkit.checkpoint import folders_of
 from soupkit.engine import Progress, parse_num_threads, run
 from soupkit.errors import MergeError
-from soupkit.files import read_json
+from soupkit.files import CHAT_TEMPLATES, contents_of, read_json
 from soupkit.hashing import ALGORITHMS, DEFAULT, hash_file
 from soupkit.tables import printable
 
@@ -98,7 +99,7 @@ def verify(folder: str | Path, *, ingredients: bool = False, progress: bool = Tr
     record = read_record(folder)
     folders = [_Recorded(str(folder), "soup", True, _recorded_files(record, [folder], source))]
     for entry in _ingredients(record, source) if ingredients else []:
-        places = _places(entry["folder"])
+        places = folders_of(entry["folder"])
         present = all(place.is_dir() for place in places)
         folders.append(_Recorded(entry["folder"], entry["role"], present, _recorded_files(entry, places, source)))
     problems = _problems({file for recorded in folders if recorded.present for file in recorded.files}, progress)
@@ -107,7 +108,7 @@ def verify(folder: str | Path, *, ingredients: bool = False, progress: bool = Tr
             recorded.label,
             recorded.role,
             recorded.present,
-            {file.path.name: problems.get(file, NOT_CHECKED) for file in recorded.files},
+            {file.name: problems.get(file, NOT_CHECKED) for file in recorded.files},
             _extra_files(folder, recorded.files) if recorded is folders[0] else (),
         )
         for recorded in folders
@@ -126,6 +127,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 class _RecordedFile(NamedTuple):
+    name: str
     path: Path
     num_bytes: int
     algorithm: str
@@ -141,12 +143,6 @@ class _Recorded(NamedTuple):
     files: list[_RecordedFile]
 
 
-def _places(label: str) -> list[Path]:
-    """The folder of an ingredient, or both of "BASE+ADAPTER"."""
-    folder = Path(label).expanduser()
-    return [folder] if folder.is_dir() else [Path(part).expanduser() for part in label.split("+")]
-
-
 def _recorded_files(record: Mapping[str, Any], places: Sequence[Path], source: Path) -> list[_RecordedFile]:
     """The "files" of a record: plain names only, so that nothing outside the folders is looked at."""
     entries = record.get("files")
@@ -154,7 +150,8 @@ def _recorded_files(record: Mapping[str, Any], places: Sequence[Path], source: P
         raise MergeError(f"{source} lists no files: it is damaged, or of an earlier version; merge again")
     files = []
     for name, entry in entries.items():
-        if name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
+        plain = name.removeprefix(f"{CHAT_TEMPLATES}/")
+        if plain in ("", ".", "..") or any(character in plain for character in "/\\:\0"):
             raise MergeError(f"{source} names the file {name!r}, which is no plain file name: it is damaged or forged")
         entry = entry if isinstance(entry, dict) else {}
         # The strongest hash there is.
@@ -165,7 +162,7 @@ def _recorded_files(record: Mapping[str, Any], places: Sequence[Path], source: P
             raise MergeError(f"{source} is damaged: its entry of the file {name!r} has no bytes and hash")
         paths = [place / name for place in places]
         path = next((path for path in paths if path.exists()), paths[0])
-        files.append(_RecordedFile(path, num_bytes, algorithm, digest))
+        files.append(_RecordedFile(name, path, num_bytes, algorithm, digest))
     return files
 
 
@@ -181,9 +178,9 @@ def _ingredients(record: Mapping[str, Any], source: Path) -> list[dict[str, str]
 
 
 def _extra_files(folder: Path, files: Sequence[_RecordedFile]) -> tuple[str, ...]:
-    recorded = {file.path.name for file in files} | NOT_RECORDED
-    found = sorted(path for path in folder.iterdir() if path.name not in recorded and not path.name.startswith("."))
-    return tuple(f"{path.name}/" if path.is_dir() else path.name for path in found)
+    recorded = {file.name for file in files} | NOT_RECORDED
+    found = [path for path in contents_of(folder) if path.as_posix() not in recorded and not path.name.startswith(".")]
+    return tuple(f"{path.as_posix()}/" if (folder / path).is_dir() else path.as_posix() for path in found)
 
 
 def _problems(files: Collection[_RecordedFile], progress: bool) -> dict[_RecordedFile, str | None]:

@@ -460,7 +460,7 @@ def test_bad_folders_are_told_in_one_line(tmp_path, pair, monkeypatch):
 
 def test_a_mistyped_path_is_not_looked_for_on_the_hub(pair, monkeypatch):
     asked = []
-    monkeypatch.setattr("soupkit.checkpoint._download", lambda hub_id: asked.append(hub_id) or pair[1])
+    monkeypatch.setattr("soupkit.checkpoint._download", lambda hub_id: asked.append(hub_id[0]) or pair[1])
     monkeypatch.chdir(pair[0].parent)
     Path("runs").mkdir()
     for path in ("runs/sft9", "./sft9"):
@@ -468,6 +468,24 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(pair, monkeypatch):
             soupkit.average([pair[0], path], progress=False)
     soupkit.average([pair[0], "org/name"], progress=False)
     assert asked == ["org/name"]
+
+
+def test_chat_templates_of_a_sub_folder_come_along(pair, tmp_path):
+    templates = pair[0] / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool.jinja").write_text("{{ tools }}")
+    out = soupkit.average(pair, out=tmp_path / "soup", sync=True, progress=False)
+    copy = out / "additional_chat_templates" / "tool.jinja"
+    assert copy.read_text() == "{{ tools }}"
+    assert "additional_chat_templates/tool.jinja" in json.loads((out / "soup.json").read_text())["files"]
+    assert soupkit.verify(out, progress=False).ok
+    copy.write_text("{{ fools }}")
+    (templates / "more.jinja").write_text("")
+    assert soupkit.verify(out, progress=False).soup.problems[f"{templates.name}/tool.jinja"].startswith("changed")
+    soupkit.average(pair, out=out, overwrite=True, progress=False)
+    assert copy.read_text() == "{{ tools }}"
+    (copy.parent / "x.jinja").write_text("")
+    assert soupkit.verify(out, progress=False).soup.extra == (f"{templates.name}/x.jinja",)
 
 
 def test_an_index_must_match_its_shards(tmp_path):

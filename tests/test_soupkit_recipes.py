@@ -445,31 +445,12 @@ def test_tokenizer(keys, tokenizer):
 
 def test_models_written_as_mappings_and_adapters():
     entries = [
-        {"model": {"model": {"path": "org/model"}, "lora": {"path": "org/adapter", "revision": ""}}},
+        {"model": {"model": {"path": "org/model", "revision": "v1"}, "lora": {"path": "org/adapter"}}},
         {"model": {"model": {"path": "org/other", "revision": None}}},
         {"model": "org/third+org/adapter"},
     ]
     recipe = load_recipe({"merge_method": "karcher", "models": entries})
-    assert recipe.models == ("org/model+org/adapter", "org/other", "org/third+org/adapter")
-
-
-def test_revisions_are_refused_with_the_way_round(tmp_path, monkeypatch):
-    message = (
-        "org/m is wanted at revision v1, and soupkit does not look revisions up: download it "
-        "(hf download org/m --revision v1 --local-dir FOLDER) and name the folder"
-    )
-    pinned = {"path": "org/m", "revision": "v1"}
-    for entry in ({"model": pinned}, {"model": "a", "lora": pinned}, "org/m@v1", "a+org/m@v1"):
-        with pytest.raises(MergeError) as error:
-            load_recipe({"merge_method": "karcher", "models": [{"model": entry}, {"model": "b"}]})
-        assert str(error.value) == f"recipe: {message}"
-    for recipe in (ties(), Recipe("linear", ["a"]), Recipe("fisher", ["a"], fishers=["f"])):
-        role = {"ties": {"base": "org/m@v1"}, "linear": {"tokenizer": "org/m@v1"}, "fisher": {"fishers": ["org/m@v1"]}}
-        with pytest.raises(MergeError, match=r"^org/m is wanted at revision v1"):
-            replace(recipe, **role[recipe.method]).validate()
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "org" / "m@v1").mkdir(parents=True)  # a folder may be called so
-    Recipe("linear", ["org/m@v1", "org/m@v1+lora", "org/mistyped@v1", "runs/a/b@c"]).validate()
+    assert recipe.models == ("org/model@v1+org/adapter", "org/other", "org/third+org/adapter")
 
 
 def test_paths_as_given_else_beside_the_recipe(tmp_path, monkeypatch):
