@@ -28,7 +28,7 @@ PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
 TOKENIZER_FILE = "tokenizer.json"
 # Other files that spell out a tokenizer's tokens.
 VOCABULARY_FILES = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "added_tokens.json")
-HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
+HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@\w[\w./-]*)?", re.ASCII)
 # What from_pretrained needs beside the weights: configs, tokenizer, chat templates, remote code.
 COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
 NO_COMPANIONS = {"config.json", "soup.json", "trainer_state.json", "adapter_config.json"}
@@ -244,13 +244,12 @@ def locate(source: str | Path, allow_pickle: bool) -> Path:
         return path
     if path.exists():
         raise MergeError(f"{source} is a file: give the checkpoint folder that holds it")
-    hub_id = HUB_ID.fullmatch(source) if isinstance(source, str) else None
-    if hub_id:
+    if isinstance(source, str) and HUB_ID.fullmatch(source):
         # Where its parent is a folder here, as in runs/sft9, it is a mistyped path rather than a hub id.
         if not path.parent.is_dir():
-            folder = _download(hub_id)
+            folder = _download(source)
             if allow_pickle and not any(folder.glob("*.safetensors")):
-                return _download(hub_id, (*HUB_PATTERNS, *HUB_PICKLES))
+                return _download(source, (*HUB_PATTERNS, *HUB_PICKLES))
             return folder
         raise MergeError(
             f"{source} does not exist: give a checkpoint folder, or a hub id (not looked for on the hub, since there "
@@ -268,31 +267,31 @@ def folders_of(label: str) -> list[Path]:
     if parts:
         return [folder for part in parts for folder in folders_of(part)]
     path = Path(label).expanduser()
-    hub_id = HUB_ID.fullmatch(label)
-    if hub_id and not path.is_dir() and not path.parent.is_dir():
+    if HUB_ID.fullmatch(label) and not path.is_dir() and not path.parent.is_dir():
         try:
-            from huggingface_hub import snapshot_download
-
-            return [Path(snapshot_download(hub_id["id"], revision=hub_id["revision"], local_files_only=True))]
+            return [_snapshot(label, local_files_only=True)]
         except (ImportError, OSError, ValueError):
             pass  # not in the cache
     return [path]
 
 
-def _download(hub_id: re.Match[str], patterns: tuple[str, ...] = HUB_PATTERNS) -> Path:
+def _snapshot(hub_id: str, **options: Any) -> Path:
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = hub_id.partition("@")
+    return Path(snapshot_download(name, revision=revision or None, **options))
+
+
+def _download(hub_id: str, patterns: tuple[str, ...] = HUB_PATTERNS) -> Path:
     try:
-        from huggingface_hub import snapshot_download
+        return _snapshot(hub_id, allow_patterns=list(patterns))
     except ImportError:
-        raise MergeError(
-            f"{hub_id[0]} is no folder here; to fetch it as a hub id: pip install huggingface_hub"
-        ) from None
-    try:
-        return Path(snapshot_download(hub_id["id"], revision=hub_id["revision"], allow_patterns=list(patterns)))
+        raise MergeError(f"{hub_id} is no folder here; to fetch it as a hub id: pip install huggingface_hub") from None
     except (OSError, ValueError) as error:
         reason = type(error).__name__
         raise MergeError(
-            f"{hub_id[0]} is no folder here, and the hub could not provide it ({reason}): check the path, the hub id "
-            "and the network, or download it first"
+            f"{hub_id} is no folder here, and the hub could not provide it ({reason}): check the path, the hub id and "
+            "the network, or download it first"
         ) from error
 
 
