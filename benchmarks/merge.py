@@ -354,8 +354,8 @@ def run(options: argparse.Namespace) -> None:
         if entry["recipe"] != _recipe(case, []):
             raise ValueError(f"{options.output} holds another recipe for {name}: choose another --output")
         for index in range(len(entry["rounds"]), options.repeats):
-            with_mergekit = options.mergekit_python and (not case.slow or index < options.mergekit_repeats)
-            python = options.mergekit_python if with_mergekit else None
+            most = options.mergekit_repeats or (1 if case.slow else options.repeats)
+            python = options.mergekit_python if index < most else None
             entry["rounds"].append(_round(name, case, folders, index, python))
             entry["summary"] = summary(entry["rounds"])
             _save(options.output, results)
@@ -799,8 +799,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds (default: %(default)s)")
     command.add_argument("--mergekit-python", type=Path, metavar="PATH", help="a Python that has mergekit installed")
     command.add_argument(
-        "--mergekit-repeats", type=int, default=1, metavar="N",
-        help="rounds with mergekit for the merges that take it minutes (default: %(default)s); it is in every other",
+        "--mergekit-repeats", type=int, metavar="N",
+        help="rounds with mergekit (default: 1 for the merges that take it minutes, all for the others)",
     )  # fmt: skip
 
     command = _command(commands, "import", compare_imports, "time `import soupkit` beyond `import torch`")
