@@ -388,22 +388,24 @@ def _round(
         turn = index % len(commands)
         records = {}
         for what in [*commands][turn:] + [*commands][:turn]:
-            records[what] = _fresh_run(commands[what], output, inputs[0])
+            records[what] = _fresh_run(commands[what], output, inputs)
             if what != "import":
                 _require_as_large(output, inputs[0], what)
             _say(f"{name} round {index + 1}: {what:<17}{_told(records[what])}")
     return {what: records[what] for what in commands}
 
 
-def _fresh_run(command: Sequence[str | Path], output: Path, model: Path) -> Record:
+def _fresh_run(command: Sequence[str | Path], output: Path, inputs: Sequence[Path]) -> Record:
     """Measure a command when nothing is left over from the one before: no output, no pages waiting to be written.
 
-    Free memory is touched first. A virtual machine hands it back to its host within seconds, and whoever asks for it
-    next waits for the host: up to 2 s per GB here, for a copy as for a merge.
+    Free memory is touched first, and the inputs are read. A virtual machine hands free memory back to its host within
+    seconds, and the host takes away what has not been used for a while; whoever asks for it next waits for the host: up
+    to 2 s per GB here, for a copy as for a merge.
     """
     shutil.rmtree(output, ignore_errors=True)
     os.sync()
-    measured([sys.executable, "-S", THIS, "touch", str(round(TOUCHED * _num_bytes(model)))])
+    measured([sys.executable, "-S", THIS, "touch", str(round(TOUCHED * _num_bytes(inputs[0])))])
+    _warm_up(inputs)
     record, text = measured(command)
     with suppress(ValueError, IndexError, TypeError):
         # A child of ours that times its work proper, without the start of Python and its imports.
@@ -500,7 +502,7 @@ def _pair(name: str, inputs: Sequence[Path], index: int) -> dict[str, float]:
         commands = {"checked": command, "unchecked": [*command, "--unchecked"]}
         seconds = {}
         for what in ("checked", "unchecked") if index % 2 else ("unchecked", "checked"):
-            record = _fresh_run(commands[what], output, inputs[0])
+            record = _fresh_run(commands[what], output, inputs)
             seconds[what] = record["seconds"]
             _say(f"{name} pair {index + 1}: {what:<10}{_told(record)}")
     return seconds

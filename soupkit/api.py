@@ -10,7 +10,7 @@ from typing import Any, Unpack
 from torch import Tensor
 from torch.nn import Module
 
-from soupkit.adapters import merge_adapters
+from soupkit.adapters import merge_adapters, parse_weights
 from soupkit.engine import parse_num_threads
 from soupkit.errors import MergeError
 from soupkit.folder import FolderOptions, merge_into_folders, merge_into_memory, plan_folders
@@ -208,16 +208,11 @@ def _between(a: Model, b: Model, t: float, method: str) -> Recipe:
 
 
 def _checked_weights(weights: Sequence[float], num_models: int) -> list[float]:
-    try:
-        values = [float(weight) for weight in weights]
-    except (TypeError, ValueError):
-        raise MergeError(f"weights must be numbers, one per ingredient; found {weights!r}") from None
-    if len(values) != num_models:
-        raise MergeError(f"found {len(values)} weights for {num_models} ingredients: give one each")
+    values = parse_weights(weights, num_models)
     for position, value in enumerate(values, start=1):
-        if not 0 <= value < float("inf"):
+        if value < 0:
             raise MergeError(
-                f"weight {position} is {value:g}: weights must be finite and not negative "
+                f"weight {position} is {value:g}: weights must not be negative "
                 "(to go beyond an ingredient, use interpolate with t outside [0, 1])"
             )
     return values

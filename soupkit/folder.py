@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from soupkit.checkpoint import (
     SINGLE_FILE,
     VOCABULARY_FILES,
     Checkpoint,
+    companion_files,
     copy_companions,
+    locate,
     open_checkpoint,
     require_plain_weights,
     require_same_config,
@@ -36,7 +39,7 @@ from soupkit.checkpoint import (
 )
 from soupkit.engine import Progress, Streams, Task, run, run_forked, tensor_tasks
 from soupkit.errors import MergeError
-from soupkit.files import contents_of
+from soupkit.files import contents_of, write_json
 from soupkit.hashing import DEFAULT, Piece, TensorHasher, hash_file
 from soupkit.heads import harmonise_fishers, harmonise_heads
 from soupkit.methods import Method, find_method
@@ -159,14 +162,14 @@ def merge_into_folders(plan: FolderPlan, outs: Sequence[Path], options: FolderOp
     for out in outs:
         _check_target(plan, out, options.overwrite)
     _check_space(plan, outs)
+    companion_files(_companions(plan))  # for what it refuses
     shards = _shards(plan, options.max_shard_size)
     non_finite = NonFinite(options.allow_nonfinite)
     with ExitStack() as stack:
         partials = [stack.enter_context(published_folder(out, options.overwrite, sync=options.sync)) for out in outs]
-        written = {
-            name: [stack.enter_context(_Shard(folder / name, tensors).open()) for folder in partials]
-            for name, tensors in shards.items()
-        }
+        written = {name: [_Shard(folder / name, tensors) for folder in partials] for name, tensors in shards.items()}
+        for shard in chain.from_iterable(written.values()):
+            shard.create()
         with Progress(plan.num_bytes, plan.recipes[0].method, options.progress).shown() as progress:
             hashes = _stream(plan, shards, written, non_finite, progress, options)
         for recipe, folder in zip(plan.recipes, partials, strict=True):
@@ -182,7 +185,7 @@ class _Shard:
     """An output file: its header, and where each tensor's bytes go."""
 
     def __init__(self, path: Path, tensors: Sequence[TensorPlan]) -> None:
-        self.path, self.descriptor = path, -1
+        self.path = path
         self.offsets: dict[str, int] = {}
         # Wide elements first, so that every tensor is aligned to its element size.
         tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
@@ -201,29 +204,44 @@ class _Shard:
         self.header = len(encoded).to_bytes(8, "little") + encoded
         self.num_bytes = len(self.header) + end
 
-    @contextmanager
-    def open(self) -> Iterator[_Shard]:
-        """Create the file, all its space reserved, with its header; closed at the end of the block."""
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    def create(self) -> None:
+        """Create the file, all its space reserved, with its header. Raises OSError on a full disk."""
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            reserve(self.descriptor, self.num_bytes, self.path)
-            _write_all(self.descriptor, memoryview(self.header), 0)
-            yield self
+            reserve(descriptor, self.num_bytes, self.path)
+            _write_all(descriptor, memoryview(self.header), 0)
         finally:
-            os.close(self.descriptor)
+            os.close(descriptor)
 
-    def write(self, tensor: TensorPlan, position: int, block: Tensor) -> None:
-        """Put elements of a tensor in their place."""
-        _write_all(self.descriptor, bytes_of(block), self.offset(tensor) + position * tensor.dtype.itemsize)
-
-    def flush(self, tensor: TensorPlan, start: int, stop: int) -> None:
-        """These elements are written: the disk may begin with them."""
-        size = tensor.dtype.itemsize
-        write_back(self.descriptor, self.offset(tensor) + start * size, (stop - start) * size)
+    @contextmanager
+    def open(self, tensor: TensorPlan) -> Iterator[_OpenTensor]:
+        """A tensor's place in the file, open only while a task writes to it: systems limit how many files may be."""
+        descriptor = os.open(self.path, os.O_WRONLY)
+        try:
+            yield _OpenTensor(descriptor, self.offset(tensor), tensor.dtype.itemsize)
+        finally:
+            os.close(descriptor)
 
     def offset(self, tensor: TensorPlan) -> int:
         """The tensor's first byte in the file."""
         return len(self.header) + self.offsets[tensor.name]
+
+
+@dataclass(frozen=True)
+class _OpenTensor:
+    """Where a tensor of the soup is written."""
+
+    descriptor: int
+    offset: int
+    itemsize: int
+
+    def write(self, position: int, block: Tensor) -> None:
+        """Put elements in their place."""
+        _write_all(self.descriptor, bytes_of(block), self.offset + position * self.itemsize)
+
+    def flush(self, start: int, stop: int) -> None:
+        """These elements are written: the disk may begin with them."""
+        write_back(self.descriptor, self.offset + start * self.itemsize, (stop - start) * self.itemsize)
 
 
 def _stream(
@@ -274,19 +292,20 @@ def _streams_to_files(
         return read
 
     outputs = [TensorHasher(shard.path, shard.offset(tensor), start, tensor.num_elements) for shard in shards]
+    with ExitStack() as stack:
+        written = [stack.enter_context(shard.open(tensor)) for shard in shards]
 
-    def sink(variant: int, position: int, block: Tensor) -> None:
-        if options.hash == DEFAULT:
-            outputs[variant].feed(position, block)
-        shards[variant].write(tensor, position, block)
+        def sink(variant: int, position: int, block: Tensor) -> None:
+            if options.hash == DEFAULT:
+                outputs[variant].feed(position, block)
+            written[variant].write(position, block)
 
-    def finish() -> dict[Piece, bytes]:
-        for shard in shards if options.sync else []:
-            shard.flush(tensor, start, stop)
-        return {piece: digest for hasher in [*hashers, *outputs] for piece, digest in hasher.digests.items()}
+        def finish() -> dict[Piece, bytes]:
+            for place in written if options.sync else []:
+                place.flush(start, stop)
+            return {piece: digest for hasher in [*hashers, *outputs] for piece, digest in hasher.digests.items()}
 
-    with _readers(plan, tensor, hashed) as readers:
-        yield Streams(readers, sink, finish)
+        yield Streams(stack.enter_context(_readers(plan, tensor, hashed)), sink, finish)
 
 
 @contextmanager
@@ -332,7 +351,7 @@ def _with_one_vocabulary(
     if recipe.tokenizer == "base":
         folder: Path | None = checkpoints[base_index or 0].folder
     else:
-        folder = None if recipe.tokenizer == "union" else Path(recipe.tokenizer).expanduser()
+        folder = None if recipe.tokenizer == "union" else locate(recipe.tokenizer, allow_pickle=False)
     unified = unify_vocabularies(checkpoints, base_index, tokenizer=folder)
     return unified.checkpoints, unified
 
@@ -392,22 +411,25 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
 def _write_index(folder: Path, shards: Mapping[str, Sequence[TensorPlan]]) -> None:
     placed = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
     total = sum(tensor.num_bytes for tensors in shards.values() for tensor in tensors)
-    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))})
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))})
 
 
 def _write_companions(plan: FolderPlan, folder: Path) -> None:
     """Config, tokenizer and the like, with the config's dtype set to the soup's."""
     source, vocabulary = plan.companions, plan.vocabulary
-    if vocabulary is None:
-        copy_companions(source.folder, folder)
-    else:  # whose files of other names spell out another one
-        copy_companions(vocabulary.companions, folder, leave_out=VOCABULARY_FILES)
-        _write_json(folder / "tokenizer.json", vocabulary.tokenizer_json)
+    copy_companions(_companions(plan), folder, leave_out=VOCABULARY_FILES if vocabulary else ())
+    if vocabulary:  # the files left out spell out another one
+        write_json(folder / "tokenizer.json", vocabulary.tokenizer_json)
         if vocabulary.generation_config is not None:
-            _write_json(folder / "generation_config.json", vocabulary.generation_config)
+            write_json(folder / "generation_config.json", vocabulary.generation_config)
     if source.config:
         key = "torch_dtype" if "torch_dtype" in source.config else "dtype"
-        _write_json(folder / "config.json", source.config | {key: _dtype_name(plan)})
+        write_json(folder / "config.json", source.config | {key: _dtype_name(plan)})
+
+
+def _companions(plan: FolderPlan) -> Path:
+    """The folder whose files beside the weights the soup gets."""
+    return plan.vocabulary.companions if plan.vocabulary else plan.companions.folder
 
 
 def _write_record(
@@ -432,7 +454,7 @@ def _write_record(
         for path in contents_of(folder)
     }
     record |= {"dtype": _dtype_name(plan), "non_finite": non_finite.record()}
-    _write_json(folder / "soup.json", record)
+    write_json(folder / "soup.json", record)
     (folder / "README.md").write_text(model_card(record, plan.companions.config), encoding="utf-8")
 
 
@@ -442,7 +464,3 @@ def _dtype_name(plan: FolderPlan) -> str:
     for tensor in [tensor for tensor in plan.tensors if tensor.working_dtype is not None]:
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.num_elements
     return str(max(counts, key=counts.__getitem__)).removeprefix("torch.")
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -460,7 +460,7 @@ def test_bad_folders_are_told_in_one_line(tmp_path, pair, monkeypatch):
 
 def test_a_mistyped_path_is_not_looked_for_on_the_hub(pair, monkeypatch):
     asked = []
-    monkeypatch.setattr("soupkit.checkpoint._download", lambda hub_id: asked.append(hub_id[0]) or pair[1])
+    monkeypatch.setattr("soupkit.checkpoint._download", lambda hub_id: asked.append(hub_id) or pair[1])
     monkeypatch.chdir(pair[0].parent)
     Path("runs").mkdir()
     for path in ("runs/sft9", "./sft9"):
