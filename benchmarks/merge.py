@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import mmap
 import os
 import platform
 import re
@@ -41,7 +40,6 @@ THIS = Path(__file__).resolve()
 
 MB = 10**6
 COPY_BLOCK = 4 * 2**20  # bytes per read and write of the copy floor
-TOUCHED = 1.5  # of a model's bytes: free memory touched before a run, for what it writes and then some
 # Memory of a process in which what it shares with its children counts once, and of it what is no file's.
 SHARES = re.compile(r"^(Pss|Pss_Anon):\s*(\d+) kB$", re.MULTILINE)
 SAMPLING_INTERVAL = 0.03  # seconds between two looks at a process's memory
@@ -306,13 +304,6 @@ def _copy_file(path: Path, target: Path | None, buffer: memoryview, fsync: bool)
             os.fsync(sink.fileno())
 
 
-def touch(options: argparse.Namespace) -> None:
-    """Take memory, write to every page, and give it back."""
-    with mmap.mmap(-1, options.num_bytes) as memory:
-        for position in range(0, options.num_bytes, mmap.PAGESIZE):
-            memory[position] = 1
-
-
 def launch(options: argparse.Namespace) -> None:
     """A merge, run as a child: print its time without imports."""
     import soupkit.__main__
@@ -354,7 +345,8 @@ def run(options: argparse.Namespace) -> None:
         if entry["recipe"] != _recipe(case, []):
             raise ValueError(f"{options.output} holds another recipe for {name}: choose another --output")
         for index in range(len(entry["rounds"]), options.repeats):
-            most = options.mergekit_repeats or (1 if case.slow else options.repeats)
+            usual = 1 if case.slow else options.repeats
+            most = usual if options.mergekit_repeats is None else options.mergekit_repeats
             python = options.mergekit_python if index < most else None
             entry["rounds"].append(_round(name, case, folders, index, python))
             entry["summary"] = summary(entry["rounds"])
@@ -398,13 +390,10 @@ def _round(
 def _fresh_run(command: Sequence[str | Path], output: Path, inputs: Sequence[Path]) -> Record:
     """Measure a command when nothing is left over from the one before: no output, no pages waiting to be written.
 
-    Free memory is touched first, and the inputs are read. A virtual machine hands free memory back to its host within
-    seconds, and the host takes away what has not been used for a while; whoever asks for it next waits for the host: up
-    to 2 s per GB here, for a copy as for a merge.
+    The inputs are read once more: what has not been used for a while is not in memory for sure.
     """
     shutil.rmtree(output, ignore_errors=True)
     os.sync()
-    measured([sys.executable, "-S", THIS, "touch", str(round(TOUCHED * _num_bytes(inputs[0])))])
     _warm_up(inputs)
     record, text = measured(command)
     with suppress(ValueError, IndexError, TypeError):
@@ -823,9 +812,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("inputs", type=Path, nargs="+")
     command.add_argument("--output", type=Path, required=True)
     command.add_argument("--fsync", action="store_true", help="wait until the copy is on disk")
-
-    command = _command(commands, "touch", touch, "(a child of run and nonfinite) take and give back memory")
-    command.add_argument("num_bytes", type=int)
 
     command = _command(commands, "launch", launch, "(a child of run and nonfinite) one merge, timed inside")
     command.add_argument("recipe", type=Path)

@@ -113,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("a", metavar="A")
     command.add_argument("b", metavar="B")
     command.add_argument("--base", metavar="MODEL", help="compare how A and B moved away from this model, too")
+    command.add_argument("--by-layer", action="store_true", help="in the text, a line for each layer in their order")
     _add_reading_options(command)
 
     command = add("inspect", _inspect, "what a checkpoint holds")
@@ -244,7 +245,10 @@ def _diff(arguments: argparse.Namespace) -> int:
         allow_pickle=arguments.allow_pickle,
         progress=not arguments.quiet,
     )
-    _show(found, arguments.json)
+    if arguments.by_layer and not arguments.json:
+        print(found.render(by_layer=True))
+    else:
+        _show(found, arguments.json)
     return 0
 
 

@@ -13,6 +13,7 @@ from torch.nn import Module
 from soupkit.adapters import merge_adapters, parse_weights
 from soupkit.engine import parse_num_threads
 from soupkit.errors import MergeError
+from soupkit.files import expanded
 from soupkit.folder import FolderOptions, merge_into_folders, merge_into_memory, plan_folders
 from soupkit.lora import is_adapter
 from soupkit.memory import MemoryOptions, merge_modules, merge_state_dicts, merge_tensors
@@ -109,9 +110,7 @@ def average(
     Paper: Wortsman et al. 2022, "Model soups", https://arxiv.org/abs/2203.05482
     """
     recipe = average_recipe(models, weights)
-    if recipe.models and all(
-        isinstance(model, (str, Path)) and is_adapter(Path(model).expanduser()) for model in recipe.models
-    ):
+    if recipe.models and all(isinstance(model, (str, Path)) and is_adapter(expanded(model)) for model in recipe.models):
         return _average_adapters(recipe.models, weights, out, options)
     return merge(recipe, out=out, **options)
 

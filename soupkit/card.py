@@ -26,8 +26,8 @@ class Ingredient:
 def model_card(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """The text of README.md for a soup.
 
-    ``record`` is the content of soup.json, ``config`` that of config.json. Those parts of the models' labels that
-    are hub ids become links, and the front matter's base_model, where a path of this machine never appears.
+    ``record`` is the content of soup.json, ``config`` that of config.json. Models' labels that are hub ids become
+    links, and the front matter's base_model, where a path of this machine never appears.
     """
     recipe = record["recipe"]
     row = find_method(recipe["method"])

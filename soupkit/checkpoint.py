@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from soupkit.errors import MergeError
-from soupkit.files import CHAT_TEMPLATES, read_bytes, read_json, require_own_file
+from soupkit.files import CHAT_TEMPLATES, expanded, read_bytes, read_json, require_own_file
 from soupkit.heads import TIES, embedding_of, is_head, setting, with_setting
 from soupkit.lora import fold, is_adapter, read_adapter
 from soupkit.pickled import PickledTensor, read_pickle
@@ -155,7 +155,7 @@ def require_same_tokenizer(first: Checkpoint, other: Checkpoint) -> None:
 def tokenizer_difference(a: Path, b: Path) -> str | None:
     """What maps text to different token ids in two folders that both have a tokenizer; None for nothing."""
     for name in VOCABULARY_FILES:
-        if (a / name).exists() and (b / name).exists() and read_bytes(a / name) != read_bytes(b / name):
+        if (a / name).exists() and (b / name).exists() and not _same_content(a / name, b / name):
             return name
     paths = (a / TOKENIZER_FILE, b / TOKENIZER_FILE)
     if not all(path.exists() for path in paths) or read_bytes(paths[0]) == read_bytes(paths[1]):
@@ -167,6 +167,11 @@ def tokenizer_difference(a: Path, b: Path) -> str | None:
             return f"token {token!r} has id {mine.get(token, 'none')} and {theirs.get(token, 'none')}"
     merges = [content["model"].get("merges") for content in contents]
     return f"merges of {TOKENIZER_FILE}" if merges[0] != merges[1] else None
+
+
+def _same_content(a: Path, b: Path) -> bool:
+    """Whether two files say the same; programs space JSON in their own ways."""
+    return read_bytes(a) == read_bytes(b) or (a.suffix == ".json" and read_json(a) == read_json(b))
 
 
 def token_ids(tokenizer: dict[str, Any], path: str | Path = TOKENIZER_FILE) -> dict[str, int]:
@@ -186,11 +191,11 @@ def token_ids(tokenizer: dict[str, Any], path: str | Path = TOKENIZER_FILE) -> d
 def _base_and_adapter(source: str | Path) -> tuple[str, str] | None:
     """The two halves of "BASE+ADAPTER"; None for a folder or a name without a plus."""
     text = str(source)
-    if "+" not in text or Path(source).expanduser().is_dir():
+    if "+" not in text or expanded(source).is_dir():
         return None
     positions = [position for position, letter in enumerate(text) if letter == "+"]
     # A folder's name may itself hold a plus; the adapter is the shortest ending that is a folder.
-    is_folder = [Path(text[position + 1 :]).expanduser().is_dir() for position in positions]
+    is_folder = [expanded(text[position + 1 :]).is_dir() for position in positions]
     cut = next((p for p, fits in zip(positions[::-1], is_folder[::-1], strict=True) if fits), positions[-1])
     if not text[:cut] or not text[cut + 1 :]:
         raise MergeError(f"{source} lacks a base or an adapter: write BASE+ADAPTER")
@@ -239,7 +244,7 @@ def _without_tied_heads(checkpoint: Checkpoint) -> Checkpoint:
 
 def locate(source: str | Path, allow_pickle: bool) -> Path:
     """The folder of a checkpoint or an adapter, downloaded if it is a hub id. Raises MergeError where there is none."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         return path
     if path.exists():
@@ -266,7 +271,7 @@ def folders_of(label: str) -> list[Path]:
     parts = _base_and_adapter(label)
     if parts:
         return [folder for part in parts for folder in folders_of(part)]
-    path = Path(label).expanduser()
+    path = expanded(label)
     if HUB_ID.fullmatch(label) and not path.is_dir() and not path.parent.is_dir():
         try:
             return [_snapshot(label, local_files_only=True)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -23,16 +22,16 @@ from torch.nn import Module
 from soupkit.checkpoint import TOKENIZER_FILE, VOCABULARY_FILES, open_checkpoint
 from soupkit.errors import MergeError
 from soupkit.files import read_json
-from soupkit.inspection import Readable, dtype_name, layer_of, streamed_sums, tokens_of
+from soupkit.inspection import Readable, streamed_sums, tokens_of
+from soupkit.layers import LAYER_INDEX, layer_name, layer_of
 from soupkit.sources import Reader
-from soupkit.tables import finite_or_none, number, percent, printable, shape_text, text_table
+from soupkit.tables import dtype_name, finite_or_none, number, percent, printable, shape_text, text_table
 
 Model = Mapping[str, Tensor] | Module | str | Path
 
 # Beside tokenizer.json, which is compared token by token.
 TOKENIZER_FILES = (*VOCABULARY_FILES, "special_tokens_map.json", "tokenizer_config.json", "chat_template.jinja")
 OUTSIDE_LAYERS = "(outside layers)"
-NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # of a layer or an expert, in a tensor's name
 
 
 @dataclass(frozen=True)
@@ -153,13 +152,13 @@ class Diff:
 
     @property
     def layers(self) -> dict[str, Distance]:
-        """{layer: distance over its floating-point tensors}, those outside layers together, in the order of a."""
+        """{layer: distance over its floating-point tensors}, by number; those outside layers together, and first."""
         layers: dict[str, Distance] = {}
         for tensor in self.tensors:
             if tensor.is_floating:
-                layer = layer_of(tensor.name) or OUTSIDE_LAYERS
+                layer = layer_name(tensor.name) or OUTSIDE_LAYERS
                 layers[layer] = layers.get(layer, Distance()) + tensor.distance
-        return layers
+        return dict(sorted(layers.items(), key=lambda item: layer_of(item[0]) or ("", -1)))
 
     @property
     def kinds(self) -> dict[str, Distance]:
@@ -167,7 +166,7 @@ class Diff:
         kinds: dict[str, Distance] = {}
         for tensor in self.tensors:
             if tensor.is_floating:
-                kind = NUMBER.sub("*", tensor.name)
+                kind = LAYER_INDEX.sub("*", tensor.name)
                 kinds[kind] = kinds.get(kind, Distance()) + tensor.distance
         return kinds
 

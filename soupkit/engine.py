@@ -20,14 +20,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from soupkit.blocks import BLOCK, NonFinite, Readers, merged_blocks, steady_torch
+from soupkit import hashing
+from soupkit.blocks import NonFinite, Readers, merged_blocks, steady_torch
 from soupkit.errors import MergeError
 from soupkit.methods import Method
 from soupkit.planning import TensorPlan
 from soupkit.processes import SharedCounts, run_in_processes
-
-# Blocks in a task, for methods that need not see a whole tensor first.
-TASK_BLOCKS = 64
 
 Task = Callable[[], Any]
 # sink(variant, position, block) takes the soup's elements from a position on.
@@ -99,7 +97,7 @@ def tensor_tasks(
 ) -> list[Task]:
     """The tasks that make one tensor of the soup; ``open_streams`` hears which elements a task will make."""
     whole = method.survey is not None or method.whole_rows(plan.variants[0])
-    step = max(plan.num_elements, 1) if whole else TASK_BLOCKS * BLOCK
+    step = max(plan.num_elements, 1) if whole else hashing.PIECE  # whose hash is then one task's alone
 
     def task(start: int) -> Any:
         stop = min(start + step, plan.num_elements)

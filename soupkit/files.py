@@ -17,6 +17,14 @@ CHAT_TEMPLATES = "additional_chat_templates"
 MAX_TEXT_BYTES = 500 * 10**6  # the largest tokenizer.json are a tenth of this
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with ``~`` replaced, where there is such a user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def contents_of(folder: Path) -> list[Path]:
     """What a checkpoint folder holds, its chat templates' sub-folder opened, as paths within it."""
     templates = folder / CHAT_TEMPLATES

@@ -50,7 +50,7 @@ from soupkit.publish import check_output, published_folder, reserve, write_back
 from soupkit.recipe import Recipe
 from soupkit.safetensors_format import DTYPES, StoredTensor, bytes_of
 from soupkit.sources import Reader, TensorSource
-from soupkit.tables import size
+from soupkit.tables import dtype_name, size
 from soupkit.vocabulary import UnifiedVocabulary, unify_vocabularies
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -267,8 +267,12 @@ def _stream(
     paths = [path for checkpoint in plan.checkpoints for path in checkpoint.files]
     paths += [shard.path for files in written.values() for shard in files]
     paths = list(dict.fromkeys(paths))
-    hashing = [partial(hash_file, path, options.hash, known=known) for path in paths]
-    return dict(zip(paths, run(hashing, options.num_threads, progress), strict=True))
+    sources = [source for checkpoint in plan.checkpoints for source in checkpoint.tensors.values()]
+    long = options.hash != DEFAULT or not all(isinstance(source, StoredTensor) for source in sources)
+    num_bytes = sum(path.stat().st_size for path in paths)
+    with Progress(num_bytes, "hash", options.progress and long).shown() as bar:
+        hashing = [partial(hash_file, path, options.hash, bar.advance, known) for path in paths]
+        return dict(zip(paths, run(hashing, options.num_threads, bar), strict=True))
 
 
 @contextmanager
@@ -444,7 +448,7 @@ def _write_record(
     algorithm = options.hash
     checkpoints = [(role, checkpoint) for (role, _), checkpoint in zip(roles(recipe), plan.checkpoints, strict=True)]
     # The dtype that was asked for, so that the recipe makes the same again also where tensors differ in theirs.
-    asked = None if options.dtype is None else str(options.dtype).removeprefix("torch.")
+    asked = None if options.dtype is None else dtype_name(options.dtype)
     record = describe(replace(recipe, dtype=asked), checkpoints, lambda path: {algorithm: hashes[path]})
     record["files"] = {
         path.as_posix(): {
@@ -463,4 +467,4 @@ def _dtype_name(plan: FolderPlan) -> str:
     counts = {plan.tensors[0].dtype: 0}
     for tensor in [tensor for tensor in plan.tensors if tensor.working_dtype is not None]:
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.num_elements
-    return str(max(counts, key=counts.__getitem__)).removeprefix("torch.")
+    return dtype_name(max(counts, key=counts.__getitem__))

@@ -3,9 +3,9 @@
 The fast one, ``xxh3_tree``, is XXH3 with 128 bits over the digests of a file's pieces, one after the other. The pieces
 of a safetensors file are its header (everything before the tensors' bytes) and its tensors, in the order of their
 bytes, each cut after every 2²⁴ elements; any other file is one piece. A merge hashes the pieces as it reads and writes
-them, in any order, so that no file has to be read a second time. It finds every accidental change; SHA-256 of the whole
-file, which in addition resists forgery and is what hubs show, costs another reading of all files at a fifth of the
-speed.
+them, in any order, so that a file whose tensors are merged as they are stored is not read a second time. It finds every
+accidental change; SHA-256 of the whole file, which in addition resists forgery and is what hubs show, costs another
+reading of all files at a fifth of the speed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from soupkit.errors import MergeError
 from soupkit.files import open_regular
 from soupkit.safetensors_format import StoredTensor, bytes_of, read_header
 
-PIECE = 2**24  # elements of a tensor in a piece
+PIECE = 2**24  # elements of a tensor in a piece, and in a task of a merge: a multiple of the block
 CHUNK = 2**20  # bytes read at once
 DEFAULT = "xxh3_tree"
 # Name, as soup.json has it, to the number of hexadecimal digits.
@@ -60,6 +60,8 @@ def hash_file(
         digest = (known or {}).get(Piece(path, start))
         if digest is None:
             digest = _digest_of_range(path, start, stop, new_digest(), advance)
+        else:
+            advance(stop - start)
         tree.update(digest)
     return str(tree.hexdigest())
 

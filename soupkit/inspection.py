@@ -21,14 +21,13 @@ from soupkit.engine import Progress, parse_num_threads, run
 from soupkit.errors import MergeError
 from soupkit.files import read_json
 from soupkit.heads import TIES, is_embedding, is_head, setting
+from soupkit.layers import layer_name
 from soupkit.sources import Reader
-from soupkit.tables import finite_or_none, number, printable, shape_text, size, text_table
+from soupkit.tables import dtype_name, finite_or_none, number, printable, shape_text, size, text_table
 from soupkit.verification import RECORD_FILE, read_record
 
 BLOCK = 2**16  # elements read at once: the float64 copies of a few blocks stay in a core's cache
 SPAN = 2**24  # elements that one thread works through before it takes the next span
-# The first number in a tensor's name is its layer: "model.layers.3.mlp.experts.7.up.weight" is in model.layers.3.
-LAYER = re.compile(r"(?P<stack>(?:[^.\d][^.]*\.)*)(?P<index>\d+)\.")
 LANGUAGE_MODEL = re.compile(r"CausalLM|LMHead|MaskedLM|ConditionalGeneration")
 KEYS_OF_SIZE = ("hidden_size", "n_embd", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 
@@ -198,22 +197,11 @@ def inspect(
     )
 
 
-def layer_of(name: str) -> str | None:
-    """The layer that a tensor belongs to, such as "model.layers.3"; None outside of layers."""
-    match = LAYER.match(name)
-    return f"{match['stack']}{match['index']}" if match else None
-
-
 def count_layers(names: Iterable[str]) -> dict[str, int]:
     """{stack: its number of layers}, such as {"model.layers": 22}."""
-    layers = dict.fromkeys(layer for layer in map(layer_of, names) if layer)
-    stacks = [layer.rpartition(".")[0] for layer in layers]
+    found = dict.fromkeys(layer for layer in map(layer_name, names) if layer)
+    stacks = [layer.rpartition(".")[0] for layer in found]
     return {stack: stacks.count(stack) for stack in dict.fromkeys(stacks)}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name without "torch."."""
-    return str(dtype).removeprefix("torch.")
 
 
 Sums = TypeVar("Sums")

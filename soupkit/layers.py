@@ -18,6 +18,12 @@ def layer_of(name: str) -> tuple[str, int] | None:
     return (name[: found.start()], int(found.group())) if found else None
 
 
+def layer_name(name: str) -> str | None:
+    """The layer of a tensor in one piece, such as "model.layers.3"; None for a tensor outside stacks."""
+    place = layer_of(name)
+    return f"{place[0]}{place[1]}" if place else None
+
+
 def stack_sizes(names: Iterable[str]) -> dict[str, int]:
     """Each stack's number of layers: one more than its largest number."""
     sizes: dict[str, int] = {}

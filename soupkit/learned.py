@@ -19,7 +19,7 @@ from soupkit.blocks import BLOCK
 from soupkit.checkpoint import open_checkpoint
 from soupkit.errors import MergeError
 from soupkit.fisher import requiring_grad
-from soupkit.layers import layer_of
+from soupkit.layers import layer_name
 from soupkit.recipe import Recipe
 from soupkit.selection import check_candidates
 from soupkit.sources import TensorSource, load_tensor
@@ -147,7 +147,7 @@ def _slots(model: Module, sources: Sequence[Mapping[str, Source]], per: str) -> 
     groups: dict[str, int] = {}
     slots = []
     for names in sorted(names_of.values(), key=lambda names: not isinstance(state[names[0]], Parameter)):
-        group = {"model": "", "layer": _layer(names[0]), "tensor": names[0]}[per]
+        group = {"model": "", "layer": layer_name(names[0]) or names[0], "tensor": names[0]}[per]
         found = tuple(next(tensors[name] for name in names if name in tensors) for tensors in sources)
         stored = tuple(name for name in names if name in sources[0])
         slots.append(_Slot(stored, state[names[0]], found, groups.setdefault(group, len(groups))))
@@ -189,12 +189,6 @@ def _check_candidate(
                 raise MergeError(
                     f"the model ties {other!r} to {found[0]!r}, and in {label} they differ: give a model that does not"
                 )
-
-
-def _layer(name: str) -> str:
-    """The layer's name, as in model.layers.3; a tensor outside layers is one by itself."""
-    place = layer_of(name)
-    return f"{place[0]}{place[1]}" if place else name
 
 
 def _read(source: Source) -> Tensor:

@@ -137,7 +137,7 @@ def _shell(module: Module) -> Module:
     empty: dict[int, Any] = {}
     for tensor in state:
         values = tensor.data.new_empty(0)
-        empty[id(tensor)] = Parameter(values, tensor.requires_grad) if isinstance(tensor, Parameter) else values
+        empty[id(tensor)] = type(tensor)(values, tensor.requires_grad) if isinstance(tensor, Parameter) else values
     return copy.deepcopy(module, empty)
 
 

@@ -57,6 +57,10 @@ class _Question:
             likely = inside[min(int(share * size), size - 1)]
             if 4 * np.count_nonzero(inside == likely) > num_sampled:
                 low, high, self.stride = _before(likely), _after(likely), COUNT_ONLY
+            elif (low, high) == (self.low, self.high):
+                # The many are at the ends, where they were before: without them, or nothing would shrink.
+                low = inside[first] if first >= 0 else self.low
+                high = inside[last] if last < size else self.high
         self.bracket = low, high
 
     def learn(self, num_below: int, num_to_high: int, collected: Values) -> None:
@@ -118,10 +122,10 @@ def _pass(scan: Scan, questions: Sequence[_Question]) -> None:
         for index, question in enumerate(questions):
             values = quantities[question.quantity]
             low, high = question.bracket
-            inside, above = values < high, values > low
+            inside, below = values < high, values <= low  # NaN is neither: it counts as larger than all
             num_to_high[index] += int(np.count_nonzero(inside))
-            num_below[index] += values.size - int(np.count_nonzero(above))
-            inside &= above
+            num_below[index] += int(np.count_nonzero(below))
+            inside ^= below
             if question.stride <= values.size:
                 found = values[inside]
                 # A copy of the few, or each view would keep all of its values alive.

@@ -27,7 +27,7 @@ def check_output(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{out} exists: choose another output folder, or overwrite it (--overwrite)")
     if not _is_only_a_checkpoint(out):
         raise FileExistsError(
-            f"{out} is not only a checkpoint (weights, no sub-folders), so it is not overwritten: "
+            f"{out} is not only a checkpoint (weights, no sub-folders but chat templates), so it is not overwritten: "
             "choose another output folder"
         )
 

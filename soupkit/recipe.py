@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from soupkit.errors import MergeError
+from soupkit.files import expanded
 from soupkit.layers import stack_sizes
 from soupkit.methods import Method, Parameter, find_method
 from soupkit.recipe_forms import read_content, read_file, read_ours
@@ -129,7 +130,7 @@ def load_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
         >>> load_recipe({"method": "slerp", "models": ["a", "b"], "parameters": {"t": [0, 0.5, 1]}}).parameters
         {'t': [0, 0.5, 1]}
     """
-    path = None if isinstance(source, Mapping) else Path(source).expanduser()
+    path = None if isinstance(source, Mapping) else expanded(source)
     content = source if path is None else read_file(path)
     try:
         recipe = Recipe(**read_content(content))
@@ -206,7 +207,7 @@ def _located(recipe: Recipe, folder: Path) -> Recipe:
 
 def _seen_from_here(model: str, folder: Path) -> str:
     """A model's path as given where that exists, else within ``folder`` where that exists, else as given."""
-    if Path(model).expanduser().exists():
+    if expanded(model).exists():
         return model
     if (folder / model).exists():
         return str(folder / model)

@@ -159,7 +159,9 @@ def _recorded_files(record: Mapping[str, Any], places: Sequence[Path], source: P
         num_bytes, digest = entry.get("bytes"), entry.get(algorithm)
         form = f"[0-9a-f]{{{ALGORITHMS[algorithm]}}}"
         if type(num_bytes) is not int or not isinstance(digest, str) or not re.fullmatch(form, digest):
-            raise MergeError(f"{source} is damaged: its entry of the file {name!r} has no bytes and hash")
+            raise MergeError(
+                f"{source} is damaged, or of an earlier version: its entry of the file {name!r} has no bytes and hash"
+            )
         paths = [place / name for place in places]
         path = next((path for path in paths if path.exists()), paths[0])
         files.append(_RecordedFile(name, path, num_bytes, algorithm, digest))

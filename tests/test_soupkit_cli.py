@@ -110,6 +110,20 @@ def test_wrong_usage_ends_with_code_2(arguments, capsys):
     assert "usage: python -m soupkit" in capsys.readouterr().err
 
 
+def test_diff_by_layer_has_a_line_for_each_layer_in_order(tmp_path, capsys):
+    folders = []
+    for number in (1, 2):
+        folders.append(tmp_path / f"m{number}")
+        folders[-1].mkdir()
+        names = ("embed.weight", "layers.2.weight", "layers.10.weight")
+        tensors = {name: torch.full((4,), float(number + place)) for place, name in enumerate(names)}
+        save_file(tensors, folders[-1] / "model.safetensors")
+    assert main(["diff", *map(str, folders), "--by-layer", "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("(outside layers)") < printed.index("layers.2 ") < printed.index("layers.10 ")
+    assert "most different" not in printed
+
+
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])

@@ -11,9 +11,10 @@ import torch
 from helpers import xxh3_tree
 from safetensors.torch import save_file
 
-import soupkit
+import soupkit.folder
 from soupkit import MergeError, Recipe, hashing
 from soupkit.hashing import Piece, TensorHasher, check_algorithm, hash_file
+from soupkit.processes import can_fork
 
 PIECE = 1000
 
@@ -99,10 +100,10 @@ RECIPES = {
 @pytest.mark.parametrize("forked", [True, False])
 def test_a_merge_records_the_hashes_of_what_it_read_and_wrote(tmp_path, monkeypatch, small_pieces, method, forked):
     monkeypatch.setattr("soupkit.blocks.BLOCK", PIECE // 4)
-    monkeypatch.setattr("soupkit.engine.BLOCK", PIECE // 4)
-    monkeypatch.setattr("soupkit.engine.TASK_BLOCKS", 4)
     monkeypatch.setattr("soupkit.folder.WORTH_FORKING", 0 if forked else 10**9)
     monkeypatch.setattr("soupkit.order_statistics.SAMPLE", 64)
+    run_forked, taken = soupkit.folder.run_forked, []
+    monkeypatch.setattr("soupkit.folder.run_forked", lambda *rest: taken.append(1) or run_forked(*rest))
     folders = [save(tmp_path / f"m{seed}", seed) for seed in range(3)]
     base = None if method == "linear" else folders[0]
     read: Counter[Path] = Counter()
@@ -120,6 +121,7 @@ def test_a_merge_records_the_hashes_of_what_it_read_and_wrote(tmp_path, monkeypa
         num_threads=2,
         progress=False,
     )
+    assert bool(taken) == (forked and can_fork())
     of_models, of_soup = recorded(out)
     ordered = [*models, *([] if base is None else [base])]
     assert of_models == [xxh3_tree(folder / "model.safetensors", PIECE) for folder in ordered]

@@ -259,6 +259,13 @@ def test_non_contiguous_tensors(method):
     assert same_bits(call(method, models), call(method, [model.contiguous() for model in models]))
 
 
+def test_sce_refuses_a_model_that_is_partly_nan():
+    base, a, b = (torch.randn(100_000) for _ in range(3))
+    a[:30_000] = math.nan
+    with pytest.raises(MergeError, match="of ingredient 1 holds NaN or infinite values"):
+        soupkit.merge(Recipe("sce", [a, b], base=base, parameters={"select_topk": 0.5}))
+
+
 @pytest.mark.parametrize("method", PATHS)
 def test_non_finite_values_are_refused_or_stay_in_place_and_are_told(method):
     a, b = torch.randn(8), torch.randn(8)

@@ -148,6 +148,7 @@ def test_a_disk_without_room_is_noticed_before_the_first_tensor(models, tmp_path
     monkeypatch.setattr("soupkit.publish._FALLOCATE", refuse)
     if expected is None:  # a file system that cannot reserve
         soupkit.average(models, out=tmp_path / "soup", progress=False)
+        assert soupkit.verify(tmp_path / "soup", progress=False).ok
         return
     with pytest.raises(OSError, match=expected):
         soupkit.average(models, out=tmp_path / "soup", progress=False)

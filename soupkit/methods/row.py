@@ -147,7 +147,7 @@ class Method:
         least, most = self.min_ingredients, self.max_ingredients
         if most is None:
             return f"{least} or more"
-        return f"exactly {least}" if least == most else f"{least} to {most}"
+        return ("exactly one" if most == 1 else f"exactly {least}") if least == most else f"{least} to {most}"
 
     def require_fit(self, name: str, num_ingredients: int, has_base: bool, num_fishers: int) -> None:
         """Raise MergeError unless the method can be applied to so many models."""

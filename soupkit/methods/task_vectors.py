@@ -155,8 +155,12 @@ def survey_sce(whole: Whole, select_topk: float) -> dict[str, Any]:
     """The least variance that is selected, and each ingredient's share of the energy of what is selected."""
     least = 0.0
     if select_topk < 1:
-        num_varied = int(whole.total(lambda blocks: torch.count_nonzero(_variance(blocks.take_deltas()))))
-        selected = int(num_varied * select_topk)
+
+        def num_varied(blocks: Blocks) -> Tensor:
+            variance = _variance(blocks.take_deltas())
+            return torch.stack([torch.count_nonzero(variance).double(), variance.sum()])  # the sum to show NaN
+
+        selected = int(whole.total(num_varied)[0] * select_topk)
         least = math.inf
         if selected:
             rank = whole.num_elements - selected
