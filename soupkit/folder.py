@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -253,11 +253,13 @@ def _stream(
     options: FolderOptions,
 ) -> dict[Path, str]:
     """Fill the shards. Returns the hashes of all weight files, the models' and the soups'."""
-    tasks: list[Task] = []
-    for name, tensors in shards.items():
+    of_shards: list[list[Task]] = [[] for _ in shards]
+    for tasks, (name, tensors) in zip(of_shards, shards.items(), strict=True):
         for tensor in _largest_first(tensors):
             open_streams = partial(_streams_to_files, plan, tensor, written[name], options)
             tasks += tensor_tasks(tensor, plan.method, open_streams, non_finite, progress, options.device)
+    # In turns, so that those who work side by side write to different files: a file takes one write at a time.
+    tasks = [task for turn in zip_longest(*of_shards) for task in turn if task is not None]
     many = options.num_threads > 1 and plan.num_bytes >= WORTH_FORKING
     if many and options.device.type == "cpu" and can_fork():
         digests = run_forked(tasks, options.num_threads, progress, non_finite)
