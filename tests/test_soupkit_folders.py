@@ -271,7 +271,9 @@ def test_only_checkpoints_are_overwritten(pair, tmp_path):
     for name in ("thesis", "file"):
         with pytest.raises(FileExistsError, match=f"{name} is not only a checkpoint"):
             soupkit.average(pair, out=tmp_path / name, overwrite=True, progress=False)
-    with pytest.raises(FileExistsError, match=r"a is not only a checkpoint \(weights, no sub-folders\)"):
+    with pytest.raises(
+        FileExistsError, match=r"a is not only a checkpoint \(weights, no sub-folders but chat templates\)"
+    ):
         soupkit.average([pair[1]], out=pair[0], overwrite=True, progress=False)
     with pytest.raises(FileExistsError, match="b is one of the models that are merged"):
         soupkit.average(pair, out=pair[1], overwrite=True, progress=False)

@@ -241,7 +241,7 @@ def test_no_elementwise_method_depends_on_where_blocks_are_cut(monkeypatch):
     whole = call("linear", models)
     for block in (1, 7, 64, 1002):
         monkeypatch.setattr("soupkit.blocks.BLOCK", block)
-        monkeypatch.setattr("soupkit.engine.BLOCK", block)
+        monkeypatch.setattr("soupkit.hashing.PIECE", 4 * block)
         assert same_bits(call("linear", models), whole)
 
 
@@ -408,7 +408,7 @@ BAD_CALLS = {
     "mixed": (lambda: soupkit.average([ONE, {"a": ONE}]), "model 1 is a tensor and model 2 is a state dict"),
     "odd kind": (lambda: soupkit.average([ONE, 3]), "model 2 is a int: give folders, state dicts"),
     "few weights": (lambda: soupkit.average([ONE, ONE], [1]), "found 1 weights for 2 ingredients"),
-    "negative": (lambda: soupkit.average([ONE, ONE], [1, -2]), "weight 2 is -2: weights must be finite and not neg"),
+    "negative": (lambda: soupkit.average([ONE, ONE], [1, -2]), "weight 2 is -2: weights must not be neg"),
     "nan": (lambda: soupkit.average([ONE, ONE], [math.nan, 1]), "weight 1 is nan: weights must be finite"),
     "inf": (lambda: soupkit.average([ONE, ONE], [1, math.inf]), "weight 2 is inf: weights must be finite"),
     "zero": (lambda: soupkit.average([ONE, ONE], [0, 0]), "the weights sum to 0, so they cannot be normalised"),

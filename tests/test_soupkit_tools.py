@@ -22,7 +22,8 @@ from soupkit import hashing, inspection, verification
 from soupkit.card import code, fenced, hub_ids_of, model_card
 from soupkit.diff import diff
 from soupkit.errors import MergeError
-from soupkit.inspection import count_layers, inspect, layer_of
+from soupkit.inspection import count_layers, inspect
+from soupkit.layers import layer_name
 from soupkit.method_page import example_recipe, method_page
 from soupkit.methods import METHODS, Method, Parameter
 from soupkit.recipe import Recipe, load_recipe
@@ -416,11 +417,11 @@ def test_heads(checkpoints, tmp_path):
 
 
 def test_layers_are_named_by_their_first_number():
-    assert layer_of("model.layers.3.mlp.experts.17.up.weight") == "model.layers.3"
-    assert layer_of("h.0.attn.weight") == "h.0"
-    assert layer_of("0.weight") == "0"
-    assert layer_of("model.norm2.weight") is None
-    assert layer_of("lm_head.weight") is None
+    assert layer_name("model.layers.3.mlp.experts.17.up.weight") == "model.layers.3"
+    assert layer_name("h.0.attn.weight") == "h.0"
+    assert layer_name("0.weight") == "0"
+    assert layer_name("model.norm2.weight") is None
+    assert layer_name("lm_head.weight") is None
     names = ["enc.1.w", "enc.0.w", "dec.0.w", "enc.1.b", "norm.weight"]
     assert count_layers(names) == {"enc": 2, "dec": 1}
 
