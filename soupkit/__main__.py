@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 import textwrap
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +53,40 @@ base. The soup is such a folder too, with soup.json beside the weights: how it w
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, 1 where verify finds a difference, or 2 for bad input, which is told in one line."""
+    """Run one command. Returns 0, 1 where verify finds a difference, or 2 for bad input, which is told in one line.
+
+    Interrupted (130) or asked to end by SIGTERM (exit with 143) it leaves no unfinished folder behind.
+    """
     arguments = _parser().parse_args(argv)
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with _sigterm_as_exit(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             code: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted: no unfinished folder is left", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (MergeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     return code
+
+
+@contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """Let SIGTERM unwind the program, so that temporary folders are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -67,11 +67,13 @@ def started(script: str, models: list[Path], out: Path) -> Iterator[subprocess.P
 def kill_at_random_moments(models: list[Path], tmp_path: Path, num_kills: int, seed: int) -> dict[str, int]:
     """Kill so many merges at random moments of their time, and count how they were found."""
     before = hashes(models)
-    whole = tmp_path / "whole"
-    with started(MERGE, models, whole) as child:
-        start = time.monotonic()
-        assert child.wait() == 0
-        duration = time.monotonic() - start
+    durations = []
+    for whole in (tmp_path / "first", tmp_path / "second"):  # the first may be slow
+        with started(MERGE, models, whole) as child:
+            start = time.monotonic()
+            wait_until(whole.exists)
+            durations.append(time.monotonic() - start)
+            assert child.wait() == 0
     expected = {path.name: hash_file(path) for path in whole.iterdir()}
     moments = random.Random(seed)
     found = {"absent": 0, "old and whole": 0, "new and whole": 0}
@@ -81,7 +83,7 @@ def kill_at_random_moments(models: list[Path], tmp_path: Path, num_kills: int, s
             soupkit.average(models[:2], out=out, progress=False)
         old = {path.name: hash_file(path) for path in out.iterdir()} if out.exists() else None
         with started(MERGE, models, out) as child:
-            time.sleep(moments.uniform(0, duration))
+            time.sleep(moments.uniform(0, 1.2 * min(durations)))
             child.send_signal(signal.SIGKILL)
         now = {path.name: hash_file(path) for path in out.iterdir()} if out.exists() else None
         assert now in (old, expected)
@@ -177,6 +179,29 @@ def test_an_interrupt_stops_all_threads_and_leaves_nothing(models, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+COMMAND = """
+import sys
+import soupkit.blocks, soupkit.folder
+soupkit.blocks.BLOCK, soupkit.folder.WORTH_FORKING = 2**9, int(sys.argv[1])
+from soupkit.__main__ import main
+print("ready", flush=True)
+sys.exit(main(["average", *sys.argv[2:-1], "--out", sys.argv[-1], "--quiet"]))
+"""
+
+
+@pytest.mark.parametrize("worth_forking", ["0", "1000000000"])
+@pytest.mark.parametrize(("number", "code", "told"), [(signal.SIGINT, 130, b"interrupted"), (signal.SIGTERM, 143, b"")])
+def test_a_command_that_is_stopped_leaves_nothing_and_no_traceback(models, tmp_path, number, code, told, worth_forking):
+    with started(COMMAND, [Path(worth_forking), *models], tmp_path / "soup") as child:
+        wait_until(lambda: any(tmp_path.iterdir()))
+        child.send_signal(number)
+        _, errors = child.communicate(timeout=60)
+    assert child.returncode == code
+    assert told in errors
+    assert b"Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
 def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -185,7 +210,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.001)
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's /proc")
