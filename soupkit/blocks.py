@@ -18,8 +18,9 @@ from torch import Tensor
 from soupkit.errors import MergeError
 from soupkit.methods import Blocks, Method
 from soupkit.order_statistics import order_statistics
-from soupkit.planning import TensorPlan, name_list
+from soupkit.planning import TensorPlan
 from soupkit.sources import FLOAT8_DTYPES, Reader
+from soupkit.tables import dtype_name, name_list
 
 # Elements per block: a few blocks in the working precision fit the cache of one core, and Python's share is small.
 BLOCK = 2**18
@@ -104,10 +105,11 @@ def merged_blocks(
     whole = _WholeTensor(plan, method, readers, non_finite, torch.device(device))
     variants = whole.surveyed_variants()
     for span in whole.spans(start, stop):
-        blocks = whole.admit(span, whole.read(*span))
+        blocks = whole.read(*span)
+        suspected = whole.suspect(span, blocks)
         copies = [blocks.copy() for _ in variants[1:]]
         soups = [method.function(b, **keywords) for b, keywords in zip([*copies, blocks], variants, strict=True)]
-        yield span[0], [whole.finish(span, soup, first=number == 0) for number, soup in enumerate(soups)]
+        yield span[0], [whole.finish(span, soup, suspected, first=number == 0) for number, soup in enumerate(soups)]
 
 
 def require_equal(plan: TensorPlan, readers: Readers) -> None:
@@ -206,20 +208,24 @@ class _WholeTensor:
 
         return order_statistics(scan, self.num_elements, ranks)
 
-    def admit(self, span: tuple[int, int], blocks: Blocks) -> Blocks:
-        """The blocks, after a look at models whose values that are not finite might not show in the soup."""
-        hidden = not (self.method.shows_non_finite or self.surveyed)
-        if hidden and not self.non_finite.allowed and not _sums_are_finite(self._models(blocks)):
+    def suspect(self, span: tuple[int, int], blocks: Blocks) -> bool:
+        """Whether models may hold values that are not finite and are to be counted; refused if they might not show."""
+        allowed = self.non_finite.allowed
+        shown = self.method.shows_non_finite or self.surveyed
+        if (shown and not allowed) or _sums_are_finite(self._models(blocks)):
+            return False
+        if not allowed:
             self._examine(span, None)
-        return blocks
+        return allowed
 
-    def finish(self, span: tuple[int, int], soup: Tensor, *, first: bool) -> Tensor:
+    def finish(self, span: tuple[int, int], soup: Tensor, suspected: bool, *, first: bool) -> Tensor:
         """The soup's block rounded to its dtype, after a look for values that are not finite; the first's count."""
         rounded = _round_once(soup.flatten(), self.plan.dtype)
         # A float32 sum that is finite is finite in bfloat16 too, but for the last half unit of its range.
         narrowed = self.plan.dtype in NARROW or soup.dtype == torch.float64
         watched = rounded.float() if narrowed and self.plan.dtype != torch.float64 else soup
-        if first if self.non_finite.allowed else not _sums_are_finite([watched]):
+        counts = first or not self.non_finite.allowed
+        if counts and (suspected or not _sums_are_finite([watched])):
             self._examine(span, rounded)
         return rounded.cpu()
 
@@ -311,6 +317,6 @@ def _complaint(plan: TensorPlan, labels: Sequence[str], counts: Sequence[int]) -
                 "that model, or merge all the same with allow_nonfinite=True (--allow-nonfinite)"
             )
     return (
-        f"tensor {plan.name!r} of the soup is too large for {str(plan.dtype).removeprefix('torch.')}: choose a wider "
+        f"tensor {plan.name!r} of the soup is too large for {dtype_name(plan.dtype)}: choose a wider "
         "dtype, or write infinite values with allow_nonfinite=True (--allow-nonfinite)"
     )
