@@ -22,7 +22,7 @@ from soupkit.errors import MergeError
 from soupkit.files import write_json
 from soupkit.hashing import DEFAULT, hash_file
 from soupkit.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter, read_adapter
-from soupkit.provenance import VERSION
+from soupkit.provenance import VERSION, file_entry, files_of
 from soupkit.publish import check_output, published_folder
 from soupkit.sources import load_tensor
 
@@ -181,13 +181,12 @@ def _record(adapters: Sequence[Adapter], shares: Sequence[float], folder: Path) 
     models = [{"model": adapter.label, "weight": share} for adapter, share in zip(adapters, shares, strict=True)]
     recipe = {"method": "linear", "models": models, "parameters": {"normalize": False}}
     ingredients = [
-        {"folder": adapter.label, "role": "ingredient", "files": {adapter.file.name: _fingerprint(adapter.file)}}
+        {"folder": adapter.label, "role": "ingredient", "files": {adapter.file.name: file_entry(adapter.file, _hashes)}}
         for adapter in adapters
     ]
-    written = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in written}
+    files = files_of(folder, _hashes)
     return {"soupkit": VERSION, "recipe": recipe, "ingredients": ingredients, "files": files, "dtype": "float32"}
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, DEFAULT: hash_file(path)}
+def _hashes(path: Path) -> dict[str, str]:
+    return {DEFAULT: hash_file(path)}

@@ -41,6 +41,15 @@ class Streams:
     finish: Callable[[], Any] = lambda: None
 
 
+def sink_into(flat: Sequence[Tensor]) -> Sink:
+    """A sink that fills flat tensors, one for each variant."""
+
+    def sink(variant: int, position: int, block: Tensor) -> None:
+        flat[variant][position : position + block.numel()] = block
+
+    return sink
+
+
 class Stopped(Exception):
     """Raised in a task when another one has failed or the user has interrupted the merge."""
 
@@ -79,9 +88,11 @@ class Progress:
 
 
 def parse_num_threads(num_threads: int | None) -> int:
-    """The number of threads; None is one for each core that this process may use."""
+    """The number of threads; None is one for each core that this process may use. Raises MergeError for no number."""
     if num_threads is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if type(num_threads) is not int:
+        raise MergeError(f"num_threads is {num_threads!r}: it must be a whole number, or None for one for each core")
     if num_threads < 1:
         raise MergeError(f"num_threads is {num_threads}: it must be at least 1")
     return num_threads

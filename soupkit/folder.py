@@ -37,15 +37,15 @@ from soupkit.checkpoint import (
     require_same_tokenizer,
     tokenizer_difference,
 )
-from soupkit.engine import Progress, Streams, Task, run, run_forked, tensor_tasks
+from soupkit.engine import Progress, Streams, Task, run, run_forked, sink_into, tensor_tasks
 from soupkit.errors import MergeError
-from soupkit.files import contents_of, write_json
+from soupkit.files import write_json
 from soupkit.hashing import DEFAULT, Piece, TensorHasher, hash_file
 from soupkit.heads import harmonise_fishers, harmonise_heads
 from soupkit.methods import Method, find_method
 from soupkit.planning import Models, TensorPlan, parameters_by_name, plan_tensors
 from soupkit.processes import can_fork
-from soupkit.provenance import describe, roles
+from soupkit.provenance import describe, files_of, roles
 from soupkit.publish import check_output, published_folder, reserve, write_back
 from soupkit.recipe import Recipe
 from soupkit.safetensors_format import DTYPES, StoredTensor, bytes_of
@@ -319,12 +319,8 @@ def _streams_to_memory(
     plan: FolderPlan, tensor: TensorPlan, soups: Sequence[Tensor], start: int, stop: int
 ) -> Iterator[Streams]:
     """From the models' files to the flat tensors, one for each variant."""
-
-    def sink(variant: int, position: int, block: Tensor) -> None:
-        soups[variant][position : position + block.numel()] = block
-
     with _readers(plan, tensor) as readers:
-        yield Streams(readers, sink)
+        yield Streams(readers, sink_into(soups))
 
 
 @contextmanager
@@ -452,13 +448,7 @@ def _write_record(
     # The dtype that was asked for, so that the recipe makes the same again also where tensors differ in theirs.
     asked = None if options.dtype is None else dtype_name(options.dtype)
     record = describe(replace(recipe, dtype=asked), checkpoints, lambda path: {algorithm: hashes[path]})
-    record["files"] = {
-        path.as_posix(): {
-            "bytes": (folder / path).stat().st_size,
-            algorithm: hashes.get(folder / path) or hash_file(folder / path, algorithm),
-        }
-        for path in contents_of(folder)
-    }
+    record["files"] = files_of(folder, lambda path: {algorithm: hashes.get(path) or hash_file(path, algorithm)})
     record |= {"dtype": _dtype_name(plan), "non_finite": non_finite.record()}
     write_json(folder / "soup.json", record)
     (folder / "README.md").write_text(model_card(record, plan.companions.config), encoding="utf-8")

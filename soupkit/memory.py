@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from soupkit.blocks import NonFinite, Readers, require_equal
-from soupkit.engine import Progress, Streams, run, tensor_tasks
+from soupkit.engine import Progress, Streams, run, sink_into, tensor_tasks
 from soupkit.errors import MergeError
 from soupkit.methods import find_method
 from soupkit.planning import Models, TensorPlan, parameters_by_name, plan_tensors
@@ -90,10 +90,7 @@ def _tasks(
     progress: Progress,
     device: torch.device,
 ) -> list[Any]:
-    flat = [soup[plan.name].view(-1) for soup in soups]
-
-    def sink(variant: int, position: int, block: Tensor) -> None:
-        flat[variant][position : position + block.numel()] = block
+    sink = sink_into([soup[plan.name].view(-1) for soup in soups])
 
     def open_streams(start: int, stop: int) -> AbstractContextManager[Streams]:
         return nullcontext(Streams(_readers(recipe, labels, plan.name), sink))

@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from soupkit.engine import parse_num_threads
 from soupkit.errors import MergeError
 from soupkit.hashing import DEFAULT, check_algorithm
 from soupkit.planning import SOUP_DTYPES
@@ -58,9 +59,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     parse_size(options.get("max_shard_size"))
     parse_device(options.get("device", "cpu"))
     check_algorithm(options.get("hash", DEFAULT))
-    num_threads = options.get("num_threads")
-    if num_threads is not None and type(num_threads) is not int:
-        raise MergeError(f"num_threads is {num_threads!r}: it must be a whole number, or None for one for each core")
+    parse_num_threads(options.get("num_threads"))
 
 
 def effective(options: Mapping[str, Any]) -> dict[str, Any]:

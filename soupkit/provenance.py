@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from soupkit.checkpoint import Checkpoint, open_checkpoint
+from soupkit.files import contents_of
 from soupkit.hashing import DEFAULT, check_algorithm, hash_file
 from soupkit.recipe import Recipe
 
 VERSION = "0.1.0"
+Hashes = Callable[[Path], Mapping[str, str]]  # a file's hash by the algorithm's name
 
 
 def provenance(recipe: Recipe, *, hash: str = DEFAULT, allow_pickle: bool = False) -> dict[str, Any]:
@@ -34,10 +36,8 @@ def roles(recipe: Recipe) -> list[tuple[str, Any]]:
     return models + [("fisher", fisher) for fisher in recipe.fishers]
 
 
-def describe(
-    recipe: Recipe, checkpoints: Sequence[tuple[str, Checkpoint]], hashes: Callable[[Path], Mapping[str, str]]
-) -> dict[str, Any]:
-    """The record for opened checkpoints with their roles; ``hashes`` gives a file's hash by the algorithm's name."""
+def describe(recipe: Recipe, checkpoints: Sequence[tuple[str, Checkpoint]], hashes: Hashes) -> dict[str, Any]:
+    """The record for opened checkpoints with their roles."""
     return {
         "soupkit": VERSION,
         "recipe": recipe.to_dict(),
@@ -45,8 +45,18 @@ def describe(
             {
                 "folder": checkpoint.label,
                 "role": role,
-                "files": {path.name: {"bytes": path.stat().st_size, **hashes(path)} for path in checkpoint.files},
+                "files": {path.name: file_entry(path, hashes) for path in checkpoint.files},
             }
             for role, checkpoint in checkpoints
         ],
     }
+
+
+def files_of(folder: Path, hashes: Hashes) -> dict[str, dict[str, Any]]:
+    """The entries of all files of a folder, by their paths within it."""
+    return {path.as_posix(): file_entry(folder / path, hashes) for path in contents_of(folder)}
+
+
+def file_entry(path: Path, hashes: Hashes) -> dict[str, Any]:
+    """What soup.json says of a file."""
+    return {"bytes": path.stat().st_size, **hashes(path)}
