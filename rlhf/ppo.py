@@ -42,7 +42,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf import kl
-from rlhf.config import PPOConfig, parse_config, read_settings, run_command
+from rlhf.command_line import parse_config, read_settings, run_command
+from rlhf.config import PPOConfig
 from rlhf.data import Prompt, load_prompts
 from rlhf.evaluation import Evaluation, evaluate
 from rlhf.masking import masked_mean, masked_sum, masked_whiten

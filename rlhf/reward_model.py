@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf.checkpointing import require_new, save_model
-from rlhf.config import parse_config, required, run_command, setting
+from rlhf.command_line import parse_config, required, run_command, setting
 from rlhf.data import Example, Pair, batch_examples, load_pairs
 from rlhf.models import ScalarHeadModel, context_length, load_scalar_head_model, load_tokenizer
 from rlhf.rewards import last_token_scores

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.checkpointing import require_new, save_model
-from rlhf.config import parse_config, required, run_command, setting
+from rlhf.command_line import parse_config, required, run_command, setting
 from rlhf.data import Example, batch_examples, load_examples
 from rlhf.evaluation import evaluate_loss
 from rlhf.masking import masked_sum

@@ -40,7 +40,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.checkpointing import cache_directory, publishing, require_new, save_model
-from rlhf.config import parse_config, required, run_command, setting
+from rlhf.command_line import parse_config, required, run_command, setting
 from rlhf.metrics import table
 from rlhf.models import load_tokenizer
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rlhf.config import setting
+from rlhf.command_line import setting
 from rlhf.randomness import shuffled_batch
 
 

@@ -17,7 +17,7 @@ import rlhf.ppo
 import rlhf.reward_model
 import rlhf.sft
 import soupkit.__main__
-from rlhf.config import run_command
+from rlhf.command_line import run_command
 from rlhf.reviews import ReviewsTask, task
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

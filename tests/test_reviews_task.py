@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import rlhf.reviews.__main__ as command
-from rlhf.config import run_command
+from rlhf.command_line import run_command
 from rlhf.data import load_examples, load_pairs
 from rlhf.evaluation import evaluate_loss
 from rlhf.models import load_causal_lm, load_scalar_head_model, load_tokenizer, require_same_tokenizer

@@ -16,7 +16,7 @@ from helpers import CONTEXT, ROOT, ppo_arguments
 from safetensors.torch import load_file, save_file
 
 from rlhf import ppo, reward_model, sft
-from rlhf.config import run_command
+from rlhf.command_line import run_command
 
 Place = Callable[[str], str]
 

@@ -13,7 +13,8 @@ import pytest
 from helpers import ROOT
 
 from rlhf import ppo, reward_model, sft
-from rlhf.config import PPOConfig, parse_config, read_settings, run_command
+from rlhf.command_line import parse_config, read_settings, run_command
+from rlhf.config import PPOConfig
 from rlhf.reward_model import RewardModelConfig
 from rlhf.sft import SFTConfig
 

@@ -15,7 +15,8 @@ from helpers import LETTERS, make_llama, ppo_arguments, run_python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf import ppo
-from rlhf.config import PPOConfig, parse_config, run_command
+from rlhf.command_line import parse_config, run_command
+from rlhf.config import PPOConfig
 
 MEASURE = {"before", "before_stderr", "after", "after_stderr"}
 

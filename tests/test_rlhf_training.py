@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from rlhf import reward_model, sft
-from rlhf.config import run_command
+from rlhf.command_line import run_command
 from rlhf.data import Example, Pair
 from rlhf.evaluation import evaluate_loss
 from rlhf.models import load_causal_lm, load_scalar_head_model

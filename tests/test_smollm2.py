@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from rlhf import smollm2
 from rlhf.checkpointing import save_model
-from rlhf.config import run_command
+from rlhf.command_line import run_command
 from rlhf.data import load_examples, load_pairs, load_prompts
 from rlhf.smollm2 import Question, Response, SmolLM2Config
 

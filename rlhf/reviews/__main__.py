@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 
 from rlhf.checkpointing import require_new
-from rlhf.config import run_command
+from rlhf.command_line import run_command
 from rlhf.metrics import table
 from rlhf.reviews.task import ReviewsTask, make_task
 
