@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from analysis.results import load_npz, save_npz
 from analysis.weights import evaluating, named_sources
 from rlhf.data import Prompt
-from rlhf.evaluation import kl_and_entropy
+from rlhf.evaluation import compare
 from rlhf.metrics import Estimate, mean_estimate
 from rlhf.models import load_causal_lm, require_same_tokenizer
 from rlhf.randomness import generator
@@ -109,11 +109,9 @@ def kl_matrix(
                 batch_size=batch_size,
             )
             others = {other: ModelReference(model) for other, model in loaded.items() if other != name}
-            divergences, _ = kl_and_entropy(
-                loaded[name], rollout, others, temperature=temperature, batch_size=batch_size
-            )
-            for other, values in divergences.items():
-                estimate = clustered_estimate(values.reshape(len(prompts), num_responses))
+            divergences = compare(loaded[name], rollout, others, temperature=temperature, batch_size=batch_size)
+            for other, values in divergences.kl.items():
+                estimate = clustered_estimate(values.sum(dim=1).reshape(len(prompts), num_responses))
                 mean[row, names.index(other)], stderr[row, names.index(other)] = estimate
     metadata = {
         "num_prompts": len(prompts),

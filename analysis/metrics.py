@@ -25,7 +25,7 @@ from rlhf.data import Example, Prompt
 from rlhf.evaluation import evaluate, evaluate_loss
 from rlhf.metrics import Estimate
 from rlhf.randomness import generator
-from rlhf.reference import Reference
+from rlhf.reference import Source
 from rlhf.rewards import Reward
 from rlhf.rollout import sample
 
@@ -61,7 +61,7 @@ def sampled(
     tokenizer: PreTrainedTokenizerBase,
     *,
     rewards: Mapping[str, Reward],
-    references: Mapping[str, Reference],
+    references: Mapping[str, Source],
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,

@@ -17,11 +17,12 @@ from transformers.utils import logging
 Config = TypeVar("Config")
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field whose help is shown by ``--help``."""
+def setting(default: Any, help: str, *, section: str | None = None) -> Any:
+    """A dataclass field whose help is shown by ``--help``; ``section`` heads it and those that follow."""
+    metadata = {"help": help, "section": section}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def required(help: str) -> Any:

@@ -204,6 +204,10 @@ class TokenBatch:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def to(self, device: torch.device) -> TokenBatch:
+        """The tensors of the batch on another device."""
+        return TokenBatch(self.tokens.to(device), self.attention_mask.to(device), self.response_mask.to(device))
+
     @property
     def num_prompt_tokens(self) -> int:
         """P, the padded prompt length."""
@@ -229,3 +233,12 @@ def batch_examples(examples: Sequence[Example], pad_token_id: int, device: str |
         torch.cat([prompt_mask, response_mask], dim=1).to(device),
         response_mask.to(device),
     )
+
+
+def by_length(batch: TokenBatch, size: int | None) -> Sequence[Tensor]:
+    """Rows of a batch in parts of at most ``size`` that are alike in length, longest first; all at once for None.
+
+    A part then has little padding to compute, and the first one shows whether the memory is enough.
+    """
+    order = batch.attention_mask.sum(dim=1).cpu().argsort(descending=True, stable=True)
+    return order.split(size or len(batch))

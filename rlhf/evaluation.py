@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf import kl
-from rlhf.data import Example, batch_examples
-from rlhf.masking import masked_sum
+from rlhf.data import Example, batch_examples, by_length
+from rlhf.kl import Comparison
+from rlhf.logprobs import (
+    Distributions,
+    ModelDistributions,
+    head_of,
+    hidden_states,
+    model_distributions,
+    token_statistics,
+    unpack,
+)
 from rlhf.metrics import Estimate, per_prompt_estimate, ratio_estimate
-from rlhf.models import gather_logprobs, response_log_distributions
-from rlhf.reference import Reference
+from rlhf.reference import Source
 from rlhf.rollout import Rollout
 
 
@@ -49,45 +56,69 @@ class Evaluation:
 
 
 @torch.no_grad()
-def kl_and_entropy(
+def compare(
     policy: PreTrainedModel,
     rollout: Rollout,
-    others: Mapping[str, Reference],
+    others: Mapping[str, Source],
     *,
     temperature: float = 1.0,
     batch_size: int | None = None,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Exact KL to every other model and entropy, both summed over each response. → {name: [B]}, [B] nats"""
-    divergences: dict[str, list[Tensor]] = defaultdict(list)
-    entropies = []
-    for part in rollout.split(batch_size):
-        log_distributions = response_log_distributions(policy, part, temperature)
-        entropies.append(kl.per_response(kl.entropy(log_distributions), part.response_mask))
-        for name, other in others.items():
-            divergence = kl.exact(log_distributions, other.log_distributions(part, temperature))
-            divergences[name].append(kl.per_response(divergence, part.response_mask))
-    return {name: torch.cat(parts) for name, parts in divergences.items()}, torch.cat(entropies)
+) -> Comparison:
+    """Read the policy and every other model over a rollout, ``batch_size`` responses of like length at a time.
+
+    Where the rollout kept the policy's hidden states, they are used and the policy is not run again.
+    """
+    mask = rollout.response_mask
+    results: dict[str, Tensor] = {}
+    for indices in by_length(rollout, batch_size):
+        part = rollout.rows(indices)
+        inside = part.response_mask
+        comparison = kl.compare(
+            policy_distributions(policy, part, temperature),
+            {name: other.distributions(part, temperature) for name, other in others.items()},
+            part.response_tokens[inside],
+            policy.config.get_text_config().vocab_size,
+        )
+        for name, packed in comparison.tensors().items():
+            results.setdefault(name, torch.zeros(mask.shape, device=mask.device))
+            results[name][indices, : inside.shape[1]] = unpack(packed, inside)
+    return Comparison.of(results, others)
+
+
+def policy_distributions(policy: PreTrainedModel, part: Rollout, temperature: float) -> Distributions:
+    """The policy's distributions at the response tokens, from hidden states kept while sampling where there are any."""
+    if part.hidden is None:
+        return model_distributions(policy, part, temperature)
+    return ModelDistributions(part.hidden[part.response_mask], head_of(policy, temperature))
 
 
 def evaluate(
     policy: PreTrainedModel,
     rollout: Rollout,
     scores: Mapping[str, Tensor],
-    others: Mapping[str, Reference],
+    others: Mapping[str, Source],
     *,
     temperature: float = 1.0,
     batch_size: int | None = None,
 ) -> Evaluation:
     """Measure a rollout of ``policy``: its ``scores`` by reward, KL to every other model, entropy and length."""
-    divergences, entropies = kl_and_entropy(policy, rollout, others, temperature=temperature, batch_size=batch_size)
+    compared = compare(policy, rollout, others, temperature=temperature, batch_size=batch_size)
+    return evaluation_of(rollout, scores, compared.entropy, compared.kl)
+
+
+def evaluation_of(
+    rollout: Rollout, scores: Mapping[str, Tensor], entropy: Tensor, divergences: Mapping[str, Tensor]
+) -> Evaluation:
+    """The estimates of a rollout's scores [B], and of entropies and divergences of its tokens, [B, T] each."""
+    mask = rollout.response_mask
 
     def mean(values: Tensor) -> Estimate:
         return per_prompt_estimate(values, torch.ones_like(values), rollout.prompts)
 
     return Evaluation(
         rewards={name: mean(values) for name, values in scores.items()},
-        kl={name: mean(values) for name, values in divergences.items()},
-        entropy=per_prompt_estimate(entropies, rollout.response_lengths, rollout.prompts),
+        kl={name: mean(kl.per_response(values, mask)) for name, values in divergences.items()},
+        entropy=per_prompt_estimate(kl.per_response(entropy, mask), rollout.response_lengths, rollout.prompts),
         response_length=mean(rollout.response_lengths),
     )
 
@@ -100,7 +131,8 @@ def evaluate_loss(
     sums, counts = [], []
     for start in range(0, len(examples), batch_size):
         batch = batch_examples(examples[start : start + batch_size], pad_token_id, model.device)
-        logprobs = gather_logprobs(response_log_distributions(model, batch), batch.response_tokens)
-        sums.append(-masked_sum(logprobs, batch.response_mask, dim=1))
+        tokens = batch.response_tokens[batch.response_mask]
+        logprobs = token_statistics(hidden_states(model, batch), head_of(model), tokens).logprobs
+        sums.append(-unpack(logprobs, batch.response_mask).sum(dim=1))
         counts.append(batch.response_lengths)
     return ratio_estimate(torch.cat(sums), torch.cat(counts))

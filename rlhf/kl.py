@@ -1,7 +1,7 @@
-"""KL divergence between language models: per-token estimators, and the controllers of its coefficient.
+"""KL divergence between language models, token by token.
 
 With r_t = log π(y_t|s_t) − log ρ(y_t|s_t) on responses y sampled from π, KL(π‖ρ) = E_π[Σ_t r_t] in nats per response.
-Every estimator here returns one value per token, [B, T]; sum it over a response's mask and average over responses.
+Every estimator here returns one value per token; sum it over a response's tokens and average over responses.
 
 ========  =====================  ============================================================================
 k1        r                      unbiased; single values can be negative; high variance
@@ -11,13 +11,31 @@ exact     Σ_v π_v log(π_v/ρ_v)   unbiased; ≥ 0; variance never above k1's 
 ========  =====================  ============================================================================
 
 k1 to k3: Schulman 2020, http://joschu.net/blog/kl-approx.html. exact: Amini, Vieira, Cotterell 2025, arXiv 2504.10637.
+
+An estimator's value and what it does as a penalty are two matters. The policy gradient of E_π[Σ_t KL_t] has a part
+through later states (reward) and a part through π(·|s_t) itself (loss):
+
+========  ==================================================  ======================================================
+          as a reward, −β·value at token t                    as a loss, +β·value, differentiated on sampled tokens
+========  ==================================================  ======================================================
+k1        both parts, unbiased                                expectation 0: no penalty at all (refused)
+k2        biased value, and the part through π is missing     the part through π, unbiased; later states are ignored
+k3        the part through π is wrong                         the gradient of KL(ρ‖π); later states are ignored
+exact     the part through later states only                  the part through π, unbiased; later states are ignored
+========  ==================================================  ======================================================
+
+So ``exact`` in reward and loss together is the whole gradient, with less variance than k1 in the reward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from rlhf.logprobs import Distributions, chunks, gather_logprobs
 from rlhf.masking import masked_sum
 
 
@@ -56,29 +74,47 @@ def per_response(token_values: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(token_values, mask, dim=1)
 
 
-class FixedKL:
-    """A KL coefficient that stays what it is."""
+class Comparison(NamedTuple):
+    """A policy beside other models at response tokens: N packed ones [N], or a rollout's [B, T], 0 outside the mask.
 
-    def __init__(self, coef: float) -> None:
-        self.coef = coef
-
-    def update(self, kl: float, num_episodes: int) -> None:
-        """Nothing to adapt; here so that both controllers are used alike."""
-
-
-class AdaptiveKL(FixedKL):
-    """Proportional control of the coefficient towards a target KL (Ziegler et al. 2019, arXiv 1909.08593, §2.2).
-
-    error = clip(KL / target − 1, −0.2, 0.2);  coef ← coef · (1 + error · n / horizon)
-
-    ``target`` is in nats per response, ``horizon`` in episodes, n is the number of episodes since the last call.
+    logprobs and entropy of the policy; other_logprobs log ρ(y|s) and exact KL(π‖ρ), by name of the other model; nats
     """
 
-    def __init__(self, coef: float, target: float, horizon: int) -> None:
-        super().__init__(coef)
-        self.target = target
-        self.horizon = horizon
+    logprobs: Tensor
+    entropy: Tensor
+    other_logprobs: dict[str, Tensor]
+    kl: dict[str, Tensor]
 
-    def update(self, kl: float, num_episodes: int) -> None:
-        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-        self.coef *= 1.0 + error * num_episodes / self.horizon
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it under one set of names."""
+        others = {f"logprobs/{name}": values for name, values in self.other_logprobs.items()}
+        others |= {f"kl/{name}": values for name, values in self.kl.items()}
+        return {"logprobs": self.logprobs, "entropy": self.entropy} | others
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], others: Iterable[str]) -> Comparison:
+        """The inverse of :meth:`tensors`; ``others`` are the names of the other models."""
+        names = list(others)
+        return cls(
+            tensors["logprobs"],
+            tensors["entropy"],
+            {name: tensors[f"logprobs/{name}"] for name in names},
+            {name: tensors[f"kl/{name}"] for name in names},
+        )
+
+
+@torch.no_grad()
+def compare(policy: Distributions, others: Mapping[str, Distributions], tokens: Tensor, vocab_size: int) -> Comparison:
+    """Measure a policy against other models at the response tokens [N], a few positions at a time."""
+    parts: list[list[Tensor]] = []
+    for rows in chunks(len(tokens), vocab_size, tokens.device):
+        log_p = policy.rows(rows)
+        row = [gather_logprobs(log_p, tokens[rows]), entropy(log_p)]
+        for other in others.values():
+            log_q = other.rows(rows)
+            row += [gather_logprobs(log_q, tokens[rows]), exact(log_p, log_q)]
+        parts.append(row)
+    logprobs, entropies, *rest = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Comparison(
+        logprobs, entropies, dict(zip(others, rest[::2], strict=True)), dict(zip(others, rest[1::2], strict=True))
+    )

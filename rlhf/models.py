@@ -1,8 +1,4 @@
-"""Loading models and tokenizers, and reading distributions and values off them.
-
-Every forward here passes ``position_ids`` counted from the first real token, so that left padding changes nothing, and
-computes the language-model head at response positions only.
-"""
+"""Loading models and tokenizers, and the model that gives one scalar for each position."""
 
 from __future__ import annotations
 
@@ -24,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from rlhf.data import TokenBatch
+from rlhf.logprobs import position_ids, unpack
 
 
 def require_checkpoint(folder: str | Path) -> Path:
@@ -147,32 +143,6 @@ def require_same_tokenizer(first: str | Path, second: str | Path) -> None:
         )
 
 
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions counted from each row's first real token; 0 on left padding. [B, S] bool → [B, S] long"""
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-def response_log_distributions(model: nn.Module, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at the positions that predict the response tokens. → [B, T, V] float32
-
-    The position before a token predicts it: logits of the last T + 1 positions, without the last.
-    """
-    num_response = batch.response_mask.shape[1]
-    logits = model(
-        input_ids=batch.tokens,
-        attention_mask=batch.attention_mask.long(),
-        position_ids=position_ids(batch.attention_mask),
-        logits_to_keep=num_response + 1,
-        use_cache=False,
-    ).logits
-    return torch.log_softmax(logits[:, :-1].float() / temperature, dim=-1)
-
-
-def gather_logprobs(log_distributions: Tensor, tokens: Tensor) -> Tensor:
-    """log π(y_t|s_t) of the given tokens. [B, T, V], [B, T] → [B, T]"""
-    return log_distributions.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-
 class ScalarHeadModel(nn.Module):
     """A transformer with one scalar per position: reward model (read at the last token) and value model (read
     everywhere).
@@ -204,6 +174,11 @@ class ScalarHeadModel(nn.Module):
             use_cache=False,
         ).last_hidden_state
         return self.head(hidden).squeeze(-1).float()
+
+
+def head_values(head: nn.Linear, hidden: Tensor, mask: Tensor) -> Tensor:
+    """A scalar head's values at packed hidden states, in the places of the mask. [N, d], [B, T] → [B, T] float32"""
+    return unpack(head(hidden.to(head.weight.dtype)).squeeze(-1).float(), mask)
 
 
 def load_scalar_head_model(
@@ -241,12 +216,6 @@ def load_scalar_head_model(
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     disable_dropout(model)
     return ScalarHeadModel(model.to(device)).eval()
-
-
-def response_values(model: ScalarHeadModel, batch: TokenBatch) -> Tensor:
-    """V(s_t) at the positions that predict the response tokens, the same slice as the log-probabilities. → [B, T]"""
-    num_prompt = batch.num_prompt_tokens
-    return model(batch.tokens, batch.attention_mask)[:, num_prompt - 1 : -1]
 
 
 @contextmanager

@@ -28,45 +28,39 @@ A run folder holds ``config.yaml``, ``metrics.jsonl`` (one object an update), ``
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf import kl
 from rlhf.command_line import parse_config, read_settings, run_command
 from rlhf.config import PPOConfig
-from rlhf.data import Prompt, load_prompts
-from rlhf.evaluation import Evaluation, evaluate
+from rlhf.data import Prompt, by_length
+from rlhf.distributed import Processes, gather_rollouts
+from rlhf.evaluation import Evaluation, compare, evaluation_of
+from rlhf.kl import Comparison
+from rlhf.logprobs import Distributions, hidden_states
 from rlhf.masking import masked_mean, masked_sum, masked_whiten
-from rlhf.metrics import explained_variance, mean_estimate, peak_memory_bytes, ratio_estimate
-from rlhf.models import (
-    ScalarHeadModel,
-    context_length,
-    gather_logprobs,
-    load_causal_lm,
-    load_scalar_head_model,
-    load_tokenizer,
-    require_checkpoint,
-    require_same_tokenizer,
-    response_log_distributions,
-    response_values,
-)
+from rlhf.metrics import Estimate, explained_variance, mean_estimate, peak_memory_bytes, ratio_estimate
+from rlhf.models import require_checkpoint
+from rlhf.policy import PolicyOutput, mixed_precision
 from rlhf.randomness import generator, shuffled_batch
-from rlhf.reference import ModelReference, describe_reference, load_reference
-from rlhf.rewards import Reward, load_reward
+from rlhf.reference import folders_in, load_model_reference
+from rlhf.rewards import RewardError
 from rlhf.rollout import Rollout, sample
-from rlhf.run_folder import Progress, RunFolder, Trainables
+from rlhf.run_folder import Progress, RunFolder
+from rlhf.setup import Run, reference_settings, set_up
 from rlhf.summary import summarise, summary_table
-from soupkit.api import average_recipe
 
 # ── The maths ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # B responses, T response tokens; a mask is True on tokens that count.
@@ -130,175 +124,68 @@ def learning_rate_factor(update: int, config: PPOConfig) -> float:
     return 1.0 - done * (1.0 - config.final_lr_fraction)
 
 
-# ── What a run holds ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── One update ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
-@dataclass
-class Run:
-    """Everything that training uses, loaded and checked against each other."""
-
-    config: PPOConfig
-    device: torch.device
-    tokenizer: PreTrainedTokenizerBase
-    policy: PreTrainedModel
-    value_model: ScalarHeadModel
-    reference: ModelReference
-    names: dict[str, str]  # short name → folder, of every model that the KL is reported to
-    tracked: dict[str, ModelReference]  # those of them that it is measured to at every update
-    rewards: dict[str, Reward]
-    prompts: list[Prompt]
-    test_prompts: list[Prompt]
-    policy_optimizer: torch.optim.Optimizer
-    value_optimizer: torch.optim.Optimizer
-    kl_controller: kl.FixedKL
-
-    @property
-    def trainables(self) -> Trainables:
-        """What training changes."""
-        return Trainables(self.policy, self.value_model, self.policy_optimizer, self.value_optimizer)
+Scores = dict[str, Tensor]  # by reward, one per response: [B]
+SAMPLED_ESTIMATORS = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}
+SHOWN = {"reward": "proxy_reward", "kl": "kl/reference"}  # beside the progress bar
 
 
 @dataclass(frozen=True)
 class Experience:
-    """One batch of episodes with all that the losses need. Tensors are [B, T]."""
+    """One batch of episodes with all that the losses need. Tensors are [B, T].
+
+    ``ref_logprobs`` are log ρ_i(y_t|s_t) by the reference's models.
+    """
 
     rollout: Rollout
     logprobs: Tensor
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    ref_logprobs: dict[str, Tensor]
 
     def rows(self, indices: Tensor) -> Experience:
-        """The given episodes."""
-        tensors = (self.logprobs, self.values, self.advantages, self.returns)
-        return Experience(self.rollout.rows(indices), *(tensor[indices] for tensor in tensors))
+        """The given episodes, cut to the widths that they need."""
+        rollout = self.rollout.rows(indices)
+        width = rollout.response_mask.shape[1]
 
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[indices, :width]
 
-Scores = dict[str, Tensor]  # by reward, one per response: [B]
-
-
-def names_of(folders: Sequence[str]) -> dict[str, str]:
-    """Short names for folders, {name: folder}: the last path component, more of the path where that is ambiguous.
-
-    No name is "reference", which metrics use for the reference itself.
-    """
-    unique = {str(Path(folder).resolve()): folder for folder in folders}
-    parts = [Path(resolved).parts for resolved in unique]
-    depth = 1
-    while len({p[-depth:] for p in parts} - {("reference",)}) < len(parts):
-        depth += 1
-    return {"/".join(p[-depth:]): folder for p, folder in zip(parts, unique.values(), strict=True)}
-
-
-def split_test_prompts(prompts: list[Prompt], config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """A random tenth of the prompts (at least one) set aside as test prompts. → training prompts, test prompts"""
-    if len(prompts) < 2:
-        raise ValueError(f"{config.prompts}: one prompt cannot be split; add prompts, or give --test_prompts")
-    order = torch.randperm(len(prompts), generator=generator(config.seed, "test prompts")).tolist()
-    num_test = max(1, len(prompts) // 10)
-    return [prompts[i] for i in order[num_test:]], [prompts[i] for i in order[:num_test]]
-
-
-def set_up(config: PPOConfig) -> Run:
-    """Check and load everything a run needs; ValueError or FileNotFoundError names what does not fit."""
-    policy_folder, reward = config.policy, config.reward
-    if policy_folder is None or reward is None or config.prompts is None:
-        raise ValueError(
-            "--policy, --reward and --prompts belong together: give all three, or only --reward for the built-in task"
+        return Experience(
+            rollout,
+            cut(self.logprobs),
+            cut(self.values),
+            cut(self.advantages),
+            cut(self.returns),
+            {name: cut(tensor) for name, tensor in self.ref_logprobs.items()},
         )
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"{accelerator.num_processes} processes: rlhf.ppo runs in one; start it without accelerate launch"
-        )
-    device = accelerator.device
-    for folder in [*config.reference, *config.track_kl]:
-        require_same_tokenizer(policy_folder, folder)
-    average_recipe(*reference_of(config)).validate()
-    value_folder = value_start(config)
-    tokenizer = load_tokenizer(policy_folder)
-    context = context_length(policy_folder)
-    room = None if context is None else context - config.max_new_tokens
-    if room is not None and room < 1:
-        raise ValueError(
-            f"max_new_tokens={config.max_new_tokens}: leaves no room for a prompt in the {context} tokens that "
-            f"{policy_folder} can read; lower it"
-        )
-    prompts = load_prompts(config.prompts, tokenizer, room)
-    if config.test_prompts:
-        test_prompts = load_prompts(config.test_prompts, tokenizer, room)
-    else:
-        prompts, test_prompts = split_test_prompts(prompts, config)
-
-    specs = {"proxy_reward": reward, **({"gold_reward": config.gold_reward} if config.gold_reward else {})}
-    rewards = {
-        name: load_reward(spec, policy=policy_folder, device=device, batch_size=config.forward_batch_size)
-        for name, spec in specs.items()
-    }
-    names = names_of([policy_folder, *config.reference, *config.track_kl])
-    tracked_paths = {Path(folder).resolve() for folder in config.track_kl}
-    policy = load_causal_lm(policy_folder, device=device)
-    value_model = load_scalar_head_model(value_folder, device=device, zero_head=True)
-    betas = (config.adam_beta1, config.adam_beta2)
-    return Run(
-        config=config,
-        device=device,
-        tokenizer=tokenizer,
-        policy=policy,
-        value_model=value_model,
-        reference=load_reference(*reference_of(config), device=device),
-        names=names,
-        tracked={
-            name: load_reference([folder], device=device)
-            for name, folder in names.items()
-            if Path(folder).resolve() in tracked_paths
-        },
-        rewards=rewards,
-        prompts=prompts,
-        test_prompts=test_prompts,
-        policy_optimizer=torch.optim.AdamW(policy.parameters(), betas=betas, eps=config.adam_eps, weight_decay=0.0),
-        value_optimizer=torch.optim.AdamW(value_model.parameters(), betas=betas, eps=config.adam_eps, weight_decay=0.0),
-        kl_controller=(
-            kl.FixedKL(config.kl_coef)
-            if config.kl_target is None
-            else kl.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
-        ),
-    )
-
-
-def reference_of(config: PPOConfig) -> tuple[list[str], list[float] | None]:
-    """Folders and weights of the reference: the policy's own folder where none is named, None for uniform weights."""
-    return config.reference or [str(config.policy)], config.reference_weights or None
-
-
-def value_start(config: PPOConfig) -> str:
-    """The folder whose body the value model starts from, by ``value_init``; its head starts at 0."""
-    assert config.policy is not None
-    assert config.reward is not None
-    if config.value_init == "policy":
-        return config.policy
-    if Path(config.reward).is_dir():
-        return config.reward
-    if config.value_init == "reward":
-        raise ValueError(f"value_init=reward, but {config.reward} is no reward-model folder; use value_init=policy")
-    return config.policy
-
-
-# ── One update ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def roll_out(run: Run, prompts: list[Prompt], purpose: str, index: int = 0, progress: str | None = None) -> Rollout:
-    """One response of the policy to each prompt; the random numbers depend on seed, purpose and index alone."""
-    return sample(
-        run.policy,
-        run.tokenizer,
-        prompts,
-        max_new_tokens=run.config.max_new_tokens,
-        temperature=run.config.temperature,
-        generator=generator(run.config.seed, purpose, index),
-        batch_size=run.config.batch_size,
-        progress=progress,
-    )
+    """One response of the policy to each prompt; the random numbers depend on seed, purpose and index alone.
+
+    Of several processes, each answers its share of the prompts.
+    """
+    config = run.config
+    keep = config.old_logprobs == "sampled" or (config.old_logprobs == "auto" and config.precision == "float32")
+    with mixed_precision(run.device, config.precision):
+        return sample(
+            run.model,
+            run.tokenizer,
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            engine=config.engine,
+            keep_hidden=keep,
+            generator=generator(config.seed, purpose, index),
+            batch_size=config.batch_size,
+            progress=progress if run.processes.is_main else None,
+            share=run.processes.share(len(prompts)),
+        )
 
 
 def score(run: Run, rollout: Rollout) -> Scores:
@@ -309,129 +196,212 @@ def score(run: Run, rollout: Rollout) -> Scores:
 @torch.no_grad()
 def collect(run: Run, rollout: Rollout, scores: Scores) -> tuple[Experience, dict[str, float]]:
     """Measure a scored rollout's KL to the reference, estimate advantages; also returns the batch's metrics."""
-    config, mask = run.config, rollout.response_mask
-    penalised = scores["proxy_reward"] - config.missing_eos_penalty * (~rollout.finished).float()
-
-    parts: list[tuple[Tensor, ...]] = []
-    exact_kl: dict[str, list[Tensor]] = {name: [] for name in ("reference", *run.tracked)}
-    for part in rollout.split(run.config.forward_batch_size):
-        log_distributions = response_log_distributions(run.policy, part, config.temperature)
-        ref_log_distributions = run.reference.log_distributions(part, config.temperature)
-        tokens = part.response_tokens
-        parts.append(
-            (
-                gather_logprobs(log_distributions, tokens),
-                gather_logprobs(ref_log_distributions, tokens),
-                kl.entropy(log_distributions),
-                response_values(run.value_model, part),
-            )
+    config = run.config
+    sources = {name: source for name, (_, source) in run.reference.sources.items()} | run.tracked
+    with run.reference.loaded(), mixed_precision(run.device, config.precision):
+        compared = compare(
+            run.model, rollout, sources, temperature=config.temperature, batch_size=config.forward_batch_size
         )
-        exact_kl["reference"].append(kl.exact(log_distributions, ref_log_distributions))
-        for name, other in run.tracked.items():
-            exact_kl[name].append(kl.exact(log_distributions, other.log_distributions(part, config.temperature)))
-    logprobs, ref_logprobs, entropy, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        values = old_values(run, rollout)
+    tensors = {f"score/{name}": values for name, values in scores.items()} | compared.tensors() | {"values": values}
+    rollout, tensors = gather_rollouts(run.processes, rollout, tensors)
+    scores = {name: tensors[f"score/{name}"] for name in scores}
+    compared, values, mask = Comparison.of(tensors, sources), tensors["values"], rollout.response_mask
 
-    token_kl = kl.k1(logprobs, ref_logprobs)
-    rewards = token_rewards(penalised, token_kl, mask, run.kl_controller.coef)
+    penalised = scores["proxy_reward"] - config.missing_eos_penalty * (~rollout.finished).float()
+    penalty = token_penalty(run, compared, config.kl_estimator)
+    in_reward = penalty if config.kl_in != "loss" else torch.zeros_like(penalty)
+    rewards = token_rewards(penalised, in_reward, mask, run.kl_controller.coef)
     if config.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
 
-    divergences = {name: mean_estimate(kl.per_response(torch.cat(kls), mask)) for name, kls in exact_kl.items()}
     estimates = {name: mean_estimate(values) for name, values in scores.items()}
-    estimates |= {f"kl/{name}": estimate for name, estimate in divergences.items()}
-    estimates["kl_k1/reference"] = mean_estimate(kl.per_response(token_kl, mask))
-    estimates["entropy"] = ratio_estimate(kl.per_response(entropy, mask), rollout.response_lengths)
+    estimates |= kl_estimates(run, compared, mask)
+    estimates["entropy"] = ratio_estimate(kl.per_response(compared.entropy, mask), rollout.response_lengths)
     estimates["response_length"] = mean_estimate(rollout.response_lengths)
     metrics: dict[str, float] = {}
     for name, estimate in estimates.items():
         metrics |= {name: estimate.mean, f"{name}_stderr": estimate.stderr}
     metrics |= {
         "kl_coef": run.kl_controller.coef,
-        "objective": float((penalised - run.kl_controller.coef * kl.per_response(token_kl, mask)).mean()),
+        "objective": float((penalised - run.kl_controller.coef * kl.per_response(penalty, mask)).mean()),
         "eos_rate": float(rollout.finished.float().mean()),
-        "sampling_gap": float((logprobs - rollout.logprobs).where(mask, 0.0).abs().max()),
+        "sampling_gap": float((compared.logprobs - rollout.logprobs).where(mask, 0.0).abs().max()),
         "explained_variance": explained_variance(values[mask], returns[mask]),
         "value_mean": float(masked_mean(values, mask)),
         "return_mean": float(masked_mean(returns, mask)),
     }
     if config.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
-    return Experience(rollout, logprobs, values, advantages, returns), metrics
+    ref_logprobs = {name: compared.other_logprobs[name] for name in run.reference.sources}
+    return Experience(rollout, compared.logprobs, values, advantages, returns, ref_logprobs), metrics
+
+
+def old_values(run: Run, rollout: Rollout) -> Tensor:
+    """V(s_t) before the update. → [B, T], 0 outside the mask"""
+    values = torch.zeros(rollout.response_mask.shape, device=run.device)
+    for indices in by_length(rollout, run.config.forward_batch_size):
+        part = rollout.rows(indices)
+        mask = part.response_mask
+        if run.value_model is not None:
+            found = run.value_model(part)
+        else:
+            hidden = hidden_states(run.model, part) if part.hidden is None else part.hidden[mask]
+            found = run.policy.values(hidden, mask)
+        values[indices, : mask.shape[1]] = found
+    return values
+
+
+def token_penalty(run: Run, compared: Comparison, estimator: str) -> Tensor:
+    """Σ_i w_i KL(π‖ρ_i) at every response token, by an estimator; 0 without a reference. → [B, T]"""
+    penalty = torch.zeros_like(compared.logprobs)
+    for name, (weight, _) in run.reference.sources.items():
+        if estimator == "exact":
+            penalty += weight * compared.kl[name]
+        else:
+            penalty += weight * SAMPLED_ESTIMATORS[estimator](compared.logprobs, compared.other_logprobs[name])
+    return penalty
+
+
+def kl_estimates(run: Run, compared: Comparison, mask: Tensor) -> dict[str, Estimate]:
+    """KL to the reference, by the exact estimator and by those on sampled tokens, and to every model that is followed.
+
+    Nats per response, and nats per token where the name says so.
+    """
+    estimates = {f"kl/{name}": mean_estimate(kl.per_response(values, mask)) for name, values in compared.kl.items()}
+    if run.reference.sources:
+        exact = kl.per_response(token_penalty(run, compared, "exact"), mask)
+        estimates = {"kl/reference": mean_estimate(exact)} | estimates
+        estimates["kl_per_token/reference"] = ratio_estimate(exact, mask.sum(dim=1))
+        for estimator in sorted({"k1", run.config.kl_estimator} - {"exact"}):
+            sampled = kl.per_response(token_penalty(run, compared, estimator), mask)
+            estimates[f"kl_{estimator}/reference"] = mean_estimate(sampled)
+    return estimates
 
 
 def optimise(run: Run, experience: Experience, update: int) -> dict[str, float]:
-    """``ppo_epochs`` passes of minibatch steps on policy and value model. Returns means over the optimizer steps."""
+    """``ppo_epochs`` passes of minibatch steps on policy and value model. Returns means over the steps."""
     config = run.config
     factor = learning_rate_factor(update, config)
-    learning_rates = (
-        (run.policy_optimizer, config.learning_rate * factor),
-        (run.value_optimizer, config.value_learning_rate * factor),
-    )
-    for optimizer, learning_rate in learning_rates:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-    shuffle = generator(config.seed, "minibatches", update)
-    steps = [
-        minibatch_step(run, experience.rows(indices))
-        for _ in range(config.ppo_epochs)
-        for indices in torch.randperm(len(experience.rollout), generator=shuffle).split(config.minibatch_size)
-    ]
+    for learner in run.learners.values():
+        for group, rate in zip(learner.optimizer.param_groups, learner.learning_rates, strict=True):
+            group["lr"] = rate * factor
+    steps = []
+    for indices in minibatches(config, len(experience.rollout), update):
+        steps.append(minibatch_step(run, experience.rows(indices)))
+        if config.early_stop_kl is not None and steps[-1]["approx_kl"] > config.early_stop_kl:
+            break
     metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
     metrics["ratio_deviation_first"] = steps[0]["ratio_deviation"]
+    metrics["skipped_steps"] = sum(step["skipped_steps"] for step in steps)
+    metrics["optimizer_steps"] = len(steps) - metrics["skipped_steps"]
     metrics["learning_rate"] = config.learning_rate * factor
-    metrics["optimizer_steps"] = len(steps)
     return metrics
+
+
+def minibatches(config: PPOConfig, num_episodes: int, update: int) -> Iterator[Tensor]:
+    """The episodes of each optimizer step: a fresh permutation in every pass."""
+    shuffle = generator(config.seed, "minibatches", update)
+    for _ in range(config.ppo_epochs):
+        yield from torch.randperm(num_episodes, generator=shuffle).split(config.minibatch_size)
 
 
 def minibatch_step(run: Run, minibatch: Experience) -> dict[str, float]:
     """One optimizer step on the losses of a minibatch, Σ over response tokens / their number.
 
-    Gradients accumulate over micro-batches, all divided by the minibatch's number of tokens.
+    Each process computes its share of the episodes, in micro-batches of like length whose gradients add up, all divided
+    by the minibatch's number of tokens.
     """
-    config = run.config
+    processes = run.processes
     num_tokens = int(minibatch.rollout.response_mask.sum())
-    sums: dict[str, float] = {}
-    ratio_deviation = 0.0
-    for indices in torch.arange(len(minibatch.rollout)).split(run.config.forward_batch_size):
-        part = minibatch.rows(indices)
-        mask, tokens = part.rollout.response_mask, part.rollout.response_tokens
-        logprobs = gather_logprobs(response_log_distributions(run.policy, part.rollout, config.temperature), tokens)
-        # Padding drifts freely as the policy changes, and exp of a large log-ratio would make its zero gradient NaN.
-        logprobs = logprobs.where(mask, part.logprobs)
-        token_losses, clipped = policy_loss(logprobs, part.logprobs, part.advantages, config.clip_range)
-        (masked_sum(token_losses, mask) / num_tokens).backward()
-        values = response_values(run.value_model, part.rollout)
-        token_value_losses, value_clipped = value_loss(values, part.values, part.returns, config.clip_range_value)
-        (masked_sum(token_value_losses, mask) / num_tokens).backward()
+    mine = minibatch.rows(torch.arange(len(minibatch.rollout))[processes.share(len(minibatch.rollout))])
+    parts = by_length(mine.rollout, run.config.micro_batch_size)
+    sums: dict[str, float] = defaultdict(float)
+    deviation = 0.0
+    for number, indices in enumerate(parts, start=1):
+        with processes.accumulating([learner.module for learner in run.learners.values()], number == len(parts)):
+            # Gradients are averaged over the processes, and here added up.
+            part_sums, part_deviation = backward(run, mine.rows(indices), processes.number / num_tokens)
+        deviation = max(deviation, part_deviation)
+        for name, value in part_sums.items():
+            sums[name] += value
+    metrics = {name: total / num_tokens for name, total in processes.sum(sums).items()}
+    metrics["ratio_deviation"] = processes.max(deviation)
+    norms = {
+        name: float(processes.accelerator.clip_grad_norm_(learner.module.parameters(), run.config.max_grad_norm))
+        for name, learner in run.learners.items()
+    }
+    allowed = run.guard.allows(metrics["policy_loss"] + metrics["value_loss"], metrics["mean_ratio"], norms)
+    for learner in run.learners.values():
+        if allowed:
+            learner.optimizer.step()
+        learner.optimizer.zero_grad()
+    return metrics | {f"grad_norm/{name}": norm for name, norm in norms.items()} | {"skipped_steps": float(not allowed)}
 
-        with torch.no_grad():
-            log_ratio = logprobs - part.logprobs
-            ratio_deviation = max(ratio_deviation, float(torch.expm1(log_ratio).where(mask, 0.0).abs().max()))
-            for name, token_values in {
-                "policy_loss": token_losses,
-                "value_loss": token_value_losses,
-                "clip_fraction": clipped.float(),
-                "value_clip_fraction": value_clipped.float(),
-                # KL(old ‖ new) by k3, on the sampled tokens
-                "approx_kl": kl.k3(part.logprobs, logprobs),
-            }.items():
-                sums[name] = sums.get(name, 0.0) + float(masked_sum(token_values, mask))
-    metrics = {name: total / num_tokens for name, total in sums.items()}
-    metrics["ratio_deviation"] = ratio_deviation
-    for name, model, optimizer in (
-        ("policy", run.policy, run.policy_optimizer),
-        ("value", run.value_model, run.value_optimizer),
-    ):
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if not norm.isfinite():
-            raise ValueError(
-                f"the gradient of the {name} model is {norm.item()}; lower its learning rate or clip_range"
-            )
-        metrics[f"grad_norm/{name}"] = float(norm)
-        optimizer.step()
-        optimizer.zero_grad()
-    return metrics
+
+def backward(run: Run, part: Experience, scale: float) -> tuple[dict[str, float], float]:
+    """Add a micro-batch's gradients, of its summed losses times ``scale``, to those of policy and value model.
+
+    Returns sums over the response tokens by metric, and the largest |ratio − 1|.
+    """
+    config, mask = run.config, part.rollout.response_mask
+    with mixed_precision(run.device, config.precision):
+        output: PolicyOutput = run.learners["policy"].module(
+            part.rollout, config.temperature, entropy=config.entropy_coef > 0, references=loss_references(run, part)
+        )
+    token_losses, clipped = policy_loss(output.logprobs, part.logprobs, part.advantages, config.clip_range)
+    total = token_losses
+    if config.kl_in != "reward" and run.reference.sources:
+        total = total + run.kl_controller.coef * loss_penalty(run, part, output)
+    if output.entropy is not None:
+        total = total - config.entropy_coef * output.entropy
+    if output.values is not None:
+        values = output.values
+        token_value_losses, value_clipped = value_loss(values, part.values, part.returns, config.clip_range_value)
+        total = total + config.value_coef * token_value_losses
+    (masked_sum(total, mask) * scale).backward()
+    if output.values is None:
+        with mixed_precision(run.device, config.precision):
+            values = run.learners["value"].module(part.rollout)
+        token_value_losses, value_clipped = value_loss(values, part.values, part.returns, config.clip_range_value)
+        (masked_sum(token_value_losses, mask) * scale).backward()
+
+    with torch.no_grad():
+        log_ratio = output.logprobs - part.logprobs
+        sums = {
+            "policy_loss": token_losses,
+            "value_loss": token_value_losses,
+            "clip_fraction": clipped.float(),
+            "value_clip_fraction": value_clipped.float(),
+            "approx_kl": kl.k3(part.logprobs, output.logprobs),  # KL(old ‖ new), on the sampled tokens
+            "mean_ratio": log_ratio.exp(),
+        }
+        deviation = float(torch.expm1(log_ratio).where(mask, 0.0).abs().max())
+        return {name: float(masked_sum(values, mask)) for name, values in sums.items()}, deviation
+
+
+def loss_references(run: Run, part: Experience) -> list[tuple[float, Distributions]]:
+    """The reference's distributions for a micro-batch, where the exact KL is part of the loss."""
+    if run.config.kl_in == "reward" or run.config.kl_estimator != "exact":
+        return []
+    with torch.no_grad(), run.reference.loaded():
+        return [
+            (weight, source.distributions(part.rollout, run.config.temperature))
+            for weight, source in run.reference.sources.values()
+        ]
+
+
+def loss_penalty(run: Run, part: Experience, output: PolicyOutput) -> Tensor:
+    """Σ_i w_i KL(π‖ρ_i) at every response token, differentiable. → [B, T]"""
+    if output.kl is not None:
+        return output.kl
+    estimator = SAMPLED_ESTIMATORS[run.config.kl_estimator]
+    terms = [
+        weight * estimator(output.logprobs, part.ref_logprobs[name])
+        for name, (weight, _) in run.reference.sources.items()
+    ]
+    return torch.stack(terms).sum(0)
 
 
 # ── The run ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -442,61 +412,82 @@ def evaluate_policy(run: Run, when: str) -> tuple[Evaluation, Rollout, Scores]:
 
     Before and after training use the same prompts and the same random numbers.
     """
-    prompts = [run.test_prompts[i % len(run.test_prompts)] for i in range(run.config.eval_episodes)]
+    config = run.config
+    prompts = [run.test_prompts[i % len(run.test_prompts)] for i in range(config.eval_episodes)]
     rollout = roll_out(run, prompts, "evaluation", progress=f"evaluate {when}")
     scores = score(run, rollout)
-    others = {name: run.tracked.get(name) or load_reference([f], device=run.device) for name, f in run.names.items()}
-    evaluation = evaluate(
-        run.policy,
-        rollout,
-        scores,
-        {"reference": run.reference, **others},
-        temperature=run.config.temperature,
-        batch_size=run.config.forward_batch_size,
-    )
-    return evaluation, rollout, scores
+    others = {
+        name: run.tracked.get(name) or load_model_reference([f], device=run.device) for name, f in run.names.items()
+    }
+    with run.reference.loaded(), mixed_precision(run.device, config.precision):
+        sources = {name: source for name, (_, source) in run.reference.sources.items()} | others
+        compared = compare(
+            run.model, rollout, sources, temperature=config.temperature, batch_size=config.forward_batch_size
+        )
+    tensors = {f"score/{name}": values for name, values in scores.items()} | compared.tensors()
+    rollout, tensors = gather_rollouts(run.processes, rollout, tensors)
+    scores, compared = {name: tensors[f"score/{name}"] for name in scores}, Comparison.of(tensors, sources)
+    divergences = {name: compared.kl[name] for name in others}
+    if run.reference.sources:
+        divergences = {"reference": token_penalty(run, compared, "exact")} | divergences
+    return evaluation_of(rollout, scores, compared.entropy, divergences), rollout, scores
+
+
+@contextmanager
+def noticing_sigterm() -> Iterator[list[int]]:
+    """A list that holds SIGTERM once it has come, instead of the process ending at once."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def train(config: PPOConfig) -> dict[str, Any]:
-    """Run PPO as ``config`` says, writing the run folder as it goes; returns the summary."""
+    """Run PPO as ``config`` says, writing the run folder as it goes; returns the summary.
+
+    After SIGTERM the update at hand is finished and saved, and SystemExit raised.
+    """
     started = time.perf_counter()
-    folder = RunFolder(config)
-    run = set_up(config)
-    progress = folder.resume(run.trainables) if config.resume else None
+    processes = Processes()
+    folder = RunFolder(config, writes=processes.is_main)
+    run = set_up(config, processes)
+    progress = folder.resume(run) if config.resume else None
     if progress is None:
-        score(run, roll_out(run, run.test_prompts[:2], "probe"))  # a broken reward shows now, not after long sampling
+        score(run, roll_out(run, run.test_prompts[: 2 * processes.number], "probe"))  # a broken reward shows now
         before, rollout, scores = evaluate_policy(run, "before")
-        folder.create(config, describe_reference(*reference_of(config)))
+        folder.create(config, reference_settings(config).describe)
         folder.log_samples(0, "held-out", rollout, scores, number=config.num_samples)
-        progress = Progress(update=0, seconds=0.0, kl_coef=config.kl_coef, before=before)
-    run.kl_controller.coef = progress.kl_coef
+        progress = Progress(update=0, seconds=0.0, before=before)
+    run.distribute()
 
-    def seconds() -> float:
-        return progress.seconds + time.perf_counter() - started
+    def reached(update: int) -> Progress:
+        return Progress(update, progress.seconds + time.perf_counter() - started, progress.before)
 
-    updates = range(progress.update + 1, config.updates + 1)
-    with tqdm(updates, initial=progress.update, total=config.updates, desc="ppo") as bar:
+    done = progress.update
+    updates = range(done + 1, config.updates + 1)
+    with (
+        noticing_sigterm() as stop,
+        tqdm(updates, initial=done, total=config.updates, desc="ppo", disable=not processes.is_main) as bar,
+    ):
         for update in bar:
-            start = time.perf_counter()
-            indices = shuffled_batch(len(run.prompts), config.batch_size, update - 1, config.seed).tolist()
-            rollout = roll_out(run, [run.prompts[i] for i in indices], "rollout", update)
-            sampled = time.perf_counter()
-            scores = score(run, rollout)
-            experience, metrics = collect(run, rollout, scores)
-            collected = time.perf_counter()
-            metrics |= optimise(run, experience, update)
-            trained = time.perf_counter()
-
+            try:
+                metrics, rollout, scores, seconds = one_update(run, update)
+            except RewardError:
+                folder.save(reached(done), run)
+                raise
+            done = update
             folder.log({"update": update, "episodes": update * config.batch_size, **metrics})
             folder.log_samples(update, "training", rollout, scores, number=config.num_samples)
-            folder.log_timing(
-                update, rollout=sampled - start, scoring=collected - sampled, training=trained - collected
-            )
-            run.kl_controller.update(metrics["kl_k1/reference"], config.batch_size)
-            bar.set_postfix(reward=f"{metrics['proxy_reward']:.2f}", kl=f"{metrics['kl/reference']:.2f}")
-            if config.checkpoint_every and update % config.checkpoint_every == 0 and update < config.updates:
-                state = Progress(update, seconds(), run.kl_controller.coef, progress.before)
-                folder.checkpoint(state, run.trainables, run.tokenizer, config.keep_checkpoints)
+            folder.log_timing(update, **seconds)
+            bar.set_postfix({name: f"{metrics[key]:.2f}" for name, key in SHOWN.items() if key in metrics})
+            stopped = processes.any(bool(stop)) and update < config.updates
+            if stopped or (config.save_every and update % config.save_every == 0 and update < config.updates):
+                folder.save(reached(update), run)
+            if stopped:
+                print(f"stopped after update {update}; go on with --output {folder.path} --resume", file=sys.stderr)
+                raise SystemExit(128 + signal.SIGTERM)
 
     after, rollout, scores = evaluate_policy(run, "after")
     summary = summarise(
@@ -504,14 +495,34 @@ def train(config: PPOConfig) -> dict[str, Any]:
         after,
         updates=config.updates,
         episodes=config.updates * config.batch_size,
-        seconds=seconds(),
+        seconds=reached(config.updates).seconds,
         peak_memory_bytes=peak_memory_bytes(run.device),
     )
     folder.log_samples(config.updates, "held-out", rollout, scores, number=config.num_samples)
-    folder.finish(run.policy, run.tokenizer, summary)
-    print(summary_table(summary))
-    print(f"\n{config.updates} updates, {summary['episodes']} episodes, {summary['seconds']:.0f} s → {folder.path}")
+    folder.finish(run, summary)
+    if processes.is_main:
+        print(summary_table(summary))
+        print(f"\n{config.updates} updates, {summary['episodes']} episodes, {summary['seconds']:.0f} s → {folder.path}")
     return summary
+
+
+def one_update(run: Run, update: int) -> tuple[dict[str, float], Rollout, Scores, dict[str, float]]:
+    """Sample, score, measure, train. → metrics, the rollout with its scores, and the seconds of each phase"""
+    config = run.config
+    start = time.perf_counter()
+    indices = shuffled_batch(len(run.prompts), config.batch_size, update - 1, config.seed).tolist()
+    rollout = roll_out(run, [run.prompts[i] for i in indices], "rollout", update)
+    sampled = time.perf_counter()
+    scores = score(run, rollout)
+    experience, metrics = collect(run, rollout, scores)
+    collected = time.perf_counter()
+    metrics |= optimise(run, experience, update)
+    run.reference.after_update(run.model, update)
+    if "kl/reference" in metrics:
+        run.kl_controller.update(metrics["kl/reference"], config.batch_size)
+    trained = time.perf_counter()
+    seconds = {"rollout": sampled - start, "scoring": collected - sampled, "training": trained - collected}
+    return metrics, rollout, scores, seconds
 
 
 def resumed_config(given: PPOConfig, argv: Sequence[str] | None) -> PPOConfig:
@@ -520,9 +531,13 @@ def resumed_config(given: PPOConfig, argv: Sequence[str] | None) -> PPOConfig:
     settings = read_settings(path)
     started = parse_config(PPOConfig, ["--output", str(given.output), "--resume"], description="", defaults=settings)
     asked = parse_config(PPOConfig, argv, description="", defaults=settings)
-    for setting in fields(PPOConfig):
-        if getattr(asked, setting.name) != getattr(started, setting.name):
-            raise ValueError(f"--{setting.name}: a resumed run keeps the settings of {path}; leave it out")
+    differing = [
+        f"{field.name} ({getattr(started, field.name)!r} there, {getattr(asked, field.name)!r} asked for)"
+        for field in fields(PPOConfig)
+        if getattr(asked, field.name) != getattr(started, field.name)
+    ]
+    if differing:
+        raise ValueError(f"a resumed run keeps the settings of {path}; leave out {', '.join(differing)}")
     return started
 
 
@@ -533,7 +548,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = resumed_config(config, argv)
     elif config.policy is None and config.prompts is None:
         RunFolder(config)  # whatever is wrong with the command line is said before the task is made
-        for folder in [*config.reference, *config.track_kl]:
+        for folder in (folder for model in [*config.reference, *config.track_kl] for folder in folders_in(model)):
             require_checkpoint(folder)
         from rlhf.reviews.recipe import ppo_settings
 

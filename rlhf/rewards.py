@@ -19,6 +19,10 @@ from rlhf.models import ScalarHeadModel, load_scalar_head_model, require_same_to
 from rlhf.rollout import Rollout
 
 
+class RewardError(RuntimeError):
+    """A reward function raised; the message shows for what."""
+
+
 class Reward(Protocol):
     """Scores whole responses: a rollout of B responses → [B] float32 on the rollout's device; higher is better."""
 
@@ -75,7 +79,7 @@ class FunctionReward:
         try:
             returned = self.function(rollout.prompts, rollout.responses)
         except Exception as error:  # the function's own mistake: keep its traceback, which bad input would not have
-            raise RuntimeError(f"reward {self.name} raised {type(error).__name__}: {error}") from error
+            raise RewardError(f"reward {self.name} raised {type(error).__name__}: {error}") from error
         try:
             scores = torch.as_tensor(returned, dtype=torch.float32)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -1,50 +1,59 @@
-"""Sampling responses: our own decode loop over the model, with its key–value cache.
+"""Sampled responses, and how they are sampled: by our own decode loop, or by the framework's ``generate``.
 
-Responses stop at the end-of-sequence token; there is no fixed-length sampling with truncation afterwards. Sampling is
-from the full distribution at the given temperature, with no top-k or top-p, so the log-probabilities are those of the
-distribution sampled.
+Responses stop at the end-of-sequence token; there is no fixed-length sampling with truncation afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data import Prompt, TokenBatch, pad_left
+from rlhf.decoding import Decoded, Sampling, decode
+from rlhf.logprobs import gather_logprobs
 from rlhf.masking import mask_through_first
-from rlhf.models import gather_logprobs, position_ids
+
+ENGINES = ("decode", "generate")
 
 
 @dataclass(frozen=True)
 class Rollout(TokenBatch):
     """A batch of sampled responses. B prompts of P padded tokens, responses of T padded tokens (see TokenBatch).
 
-    logprobs   [B, T]  log π of each response token when it was sampled; 0 outside the mask
-    finished   [B]     True where the response ended with the end-of-sequence token
-    prompts, responses the texts, without special tokens
+    logprobs   [B, T]     log π of each response token in the distribution it was drawn from; 0 outside the mask
+    finished   [B]        True where the response ended with the end-of-sequence token
+    prompts, responses    the texts, without special tokens
+    hidden     [B, T, d]  the policy's last hidden states that predicted the tokens, where they were kept
     """
 
     logprobs: Tensor
     finished: Tensor
     prompts: list[str]
     responses: list[str]
+    hidden: Tensor | None = None
 
     def rows(self, indices: Tensor | slice) -> Rollout:
-        """The given rows, still padded to the whole rollout's widths."""
+        """The given rows, cut to the widths that they need."""
         positions = torch.arange(len(self))[indices].tolist()
+        mask, response_mask = self.attention_mask[indices], self.response_mask[indices]
+        prompt, response = used_columns(mask, response_mask)
+        columns = slice(prompt.start, self.num_prompt_tokens + response.stop)
         return Rollout(
-            self.tokens[indices],
-            self.attention_mask[indices],
-            self.response_mask[indices],
-            self.logprobs[indices],
+            self.tokens[indices][:, columns],
+            mask[:, columns],
+            response_mask[:, response],
+            self.logprobs[indices][:, response],
             self.finished[indices],
             [self.prompts[i] for i in positions],
             [self.responses[i] for i in positions],
+            None if self.hidden is None else self.hidden[indices][:, response],
         )
 
     def split(self, size: int | None) -> Iterator[Rollout]:
@@ -53,48 +62,47 @@ class Rollout(TokenBatch):
         return (self.rows(slice(start, start + size)) for start in range(0, len(self), size))
 
 
-def sample_tokens(log_distributions: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-CDF sampling: the first token whose cumulative probability exceeds u. [B, V], [B] in [0, 1) → [B]
-
-    One uniform a token instead of V exponentials (``torch.multinomial``), which cost as much as a small model's
-    forward.
-    """
-    cdf = log_distributions.exp().cumsum(dim=-1)
-    # The largest float32 below 1 times the total still rounds to less than the total, so some token always exceeds.
-    return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(1)
+def used_columns(attention_mask: Tensor, response_mask: Tensor) -> tuple[slice, slice]:
+    """Columns of prompts and of responses that hold a token of any row. [B, P+T], [B, T] → within P, within T"""
+    num_prompt = attention_mask.shape[1] - response_mask.shape[1]
+    prompt_length = int(attention_mask[:, :num_prompt].sum(dim=1).max())
+    return slice(num_prompt - prompt_length, num_prompt), slice(0, int(response_mask.sum(dim=1).max()))
 
 
 @torch.no_grad()
-def _decode(
+def _generate(
     model: PreTrainedModel,
     tokens: Tensor,
     attention_mask: Tensor,
     uniforms: Tensor,
-    temperature: float,
+    *,
+    sampling: Sampling,
     eos_token_id: int,
-) -> tuple[Tensor, Tensor]:
-    """Response ids and their log-probabilities, [B, T] each, T ≤ ``uniforms.shape[1]``; arbitrary past a row's end."""
-    finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    cache, step_input, sampled, logprobs = None, tokens, [], []
-    for step_uniforms in uniforms.T:
-        output = model(
-            input_ids=step_input,
-            attention_mask=attention_mask.long(),
-            position_ids=position_ids(attention_mask)[:, -step_input.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
+) -> Decoded:
+    """What :func:`rlhf.decoding.decode` does, by the framework's own loop: slow, and an oracle to compare with.
+
+    It draws its own random numbers, seeded from the uniforms.
+    """
+    drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    settings = GenerationConfig(
+        max_new_tokens=uniforms.shape[1],
+        eos_token_id=eos_token_id,
+        pad_token_id=eos_token_id,
+        do_sample=sampling.temperature > 0,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_hidden_states=True,
+        **(drawn if sampling.temperature > 0 else {}),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(int(uniforms[0, 0].double() * 2**53))
+        output: Any = cast(Any, model).generate(
+            input_ids=tokens, attention_mask=attention_mask.long(), generation_config=settings
         )
-        log_distributions = torch.log_softmax(output.logits[:, -1].float() / temperature, dim=-1)
-        next_tokens = sample_tokens(log_distributions, step_uniforms)
-        sampled.append(next_tokens)
-        logprobs.append(gather_logprobs(log_distributions, next_tokens))
-        finished = finished | (next_tokens == eos_token_id)
-        if bool(finished.all()):
-            break
-        cache, step_input = output.past_key_values, next_tokens[:, None]
-        attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
-    return torch.stack(sampled, dim=1), torch.stack(logprobs, dim=1)
+    sampled = output.sequences[:, tokens.shape[1] :]
+    distributions = torch.stack(output.scores, dim=1).float().log_softmax(dim=-1)
+    hidden = torch.stack([step[-1][:, -1] for step in output.hidden_states], dim=1)
+    return Decoded(sampled, gather_logprobs(distributions, sampled), hidden)
 
 
 def sample(
@@ -105,48 +113,66 @@ def sample(
     max_new_tokens: int,
     generator: torch.Generator,
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    engine: str = "decode",
+    keep_hidden: bool = False,
     batch_size: int | None = None,
     progress: str | None = None,
+    share: slice | None = None,
 ) -> Rollout:
     """One sampled response to every prompt.
 
     Each response draws from its own row of uniform numbers, taken from ``generator`` (on the CPU) before the first
     token: the result does not depend on ``batch_size`` beyond rounding, and two models sampled with the same seed share
-    their random numbers. ``batch_size`` bounds how many responses are decoded at once (default all); ``progress`` names
-    a progress bar.
+    their random numbers. ``batch_size`` bounds how many responses are decoded at once (default all); prompts of like
+    length are decoded together. ``engine`` is "decode", or "generate" for the framework's loop; ``keep_hidden`` keeps
+    the hidden states; ``progress`` names a progress bar; ``share`` are the prompts to answer, of all.
     """
-    device = model.device
+    sampling = Sampling(temperature, top_k, top_p)
     uniforms = torch.rand(len(prompts), max_new_tokens, generator=generator)
+    if share is not None:
+        prompts, uniforms = prompts[share], uniforms[share]
     prompt_tokens, prompt_mask = pad_left([prompt.token_ids for prompt in prompts], tokenizer.pad_token_id)
-    size = batch_size or len(prompts)
-    response_tokens = torch.full((len(prompts), max_new_tokens), tokenizer.pad_token_id)
-    logprobs = torch.zeros(len(prompts), max_new_tokens)
-    starts = range(0, len(prompts), size)
-    for start in tqdm(starts, desc=progress, leave=False) if progress else starts:
-        rows = slice(start, start + size)
-        sampled, sampled_logprobs = _decode(
-            model, prompt_tokens[rows].to(device), prompt_mask[rows].to(device), uniforms[rows].to(device), temperature,
-            tokenizer.eos_token_id,
-        )  # fmt: skip
-        response_tokens[rows, : sampled.shape[1]] = sampled.cpu()
-        logprobs[rows, : sampled.shape[1]] = sampled_logprobs.cpu()
+    run = decode if engine == "decode" else _generate
+    order = prompt_mask.sum(dim=1).argsort(stable=True)
+    parts = order.split(batch_size or len(prompts))
+    decoded = []
+    for rows in tqdm(parts, desc=progress, leave=False) if progress else parts:
+        used = slice(prompt_tokens.shape[1] - int(prompt_mask[rows].sum(dim=1).max()), None)
+        inputs = (x.to(model.device) for x in (prompt_tokens[rows, used], prompt_mask[rows, used], uniforms[rows]))
+        decoded.append(run(model, *inputs, sampling=sampling, eos_token_id=tokenizer.eos_token_id))
 
+    width = max(part.tokens.shape[1] for part in decoded)
+    in_order = order.argsort().to(model.device)
     # A row decoded in a short batch is padded here, which must not count: it ended with its end-of-sequence token.
-    response_mask = mask_through_first(response_tokens, tokenizer.eos_token_id)
-    width = int(response_mask.sum(dim=1).max())
-    response_tokens, logprobs, response_mask = (x[:, :width] for x in (response_tokens, logprobs, response_mask))
-    response_tokens = torch.where(response_mask, response_tokens, tokenizer.pad_token_id)
-    finished = ((response_tokens == tokenizer.eos_token_id) & response_mask).any(dim=1)
-    responses = [
-        str(tokenizer.decode(row[mask & (row != tokenizer.eos_token_id)], skip_special_tokens=True))
-        for row, mask in zip(response_tokens, response_mask, strict=True)
-    ]
-    return Rollout(
-        tokens=torch.cat([prompt_tokens, response_tokens], dim=1).to(device),
-        attention_mask=torch.cat([prompt_mask, response_mask], dim=1).to(device),
-        response_mask=response_mask.to(device),
-        logprobs=torch.where(response_mask, logprobs, 0.0).to(device),
-        finished=finished.to(device),
-        prompts=[prompt.text for prompt in prompts],
-        responses=responses,
+    response_tokens, logprobs = (
+        torch.cat([pad(getattr(part, name), (0, width - part.tokens.shape[1])) for part in decoded])[in_order]
+        for name in ("tokens", "logprobs")
     )
+    response_mask = mask_through_first(response_tokens, tokenizer.eos_token_id)
+    response_mask = response_mask[:, : int(response_mask.sum(dim=1).max())]
+    width = response_mask.shape[1]
+    response_tokens = torch.where(response_mask, response_tokens[:, :width], tokenizer.pad_token_id)
+    hidden = None
+    if keep_hidden:
+        hidden = torch.cat([pad(part.hidden, (0, 0, 0, width - part.hidden.shape[1])) for part in decoded])[in_order]
+    return Rollout(
+        tokens=torch.cat([prompt_tokens.to(model.device), response_tokens], dim=1),
+        attention_mask=torch.cat([prompt_mask.to(model.device), response_mask], dim=1),
+        response_mask=response_mask,
+        logprobs=torch.where(response_mask, logprobs[:, :width], 0.0),
+        finished=((response_tokens == tokenizer.eos_token_id) & response_mask).any(dim=1),
+        prompts=[prompt.text for prompt in prompts],
+        responses=texts(response_tokens, response_mask, tokenizer),
+        hidden=hidden,
+    )
+
+
+def texts(response_tokens: Tensor, mask: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Responses as a person reads them, without special tokens. [B, T], [B, T] → B texts"""
+    kept = mask & (response_tokens != tokenizer.eos_token_id)
+    return [
+        str(tokenizer.decode(row[keep], skip_special_tokens=True))
+        for row, keep in zip(response_tokens.cpu(), kept.cpu(), strict=True)
+    ]

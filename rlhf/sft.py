@@ -22,8 +22,8 @@ from rlhf.checkpointing import require_new, save_model
 from rlhf.command_line import parse_config, required, run_command, setting
 from rlhf.data import Example, batch_examples, load_examples
 from rlhf.evaluation import evaluate_loss
-from rlhf.masking import masked_sum
-from rlhf.models import context_length, gather_logprobs, load_causal_lm, load_tokenizer, response_log_distributions
+from rlhf.logprobs import head_of, hidden_states, token_statistics
+from rlhf.models import context_length, load_causal_lm, load_tokenizer
 from rlhf.training import OptimizationConfig, minimise
 
 
@@ -41,8 +41,8 @@ class SFTConfig(OptimizationConfig):
 def response_nll(model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int) -> tuple[Tensor, int]:
     """−Σ log p over the response tokens of the examples, and how many tokens that is."""
     batch = batch_examples(examples, pad_token_id, model.device)
-    logprobs = gather_logprobs(response_log_distributions(model, batch), batch.response_tokens)
-    return -masked_sum(logprobs, batch.response_mask), int(batch.response_mask.sum())
+    tokens = batch.response_tokens[batch.response_mask]
+    return -token_statistics(hidden_states(model, batch), head_of(model), tokens).logprobs.sum(), len(tokens)
 
 
 def finetune(

@@ -1,0 +1,125 @@
+"""One run on several processes: who works on which episodes, and how what they found comes together.
+
+Every process samples, scores and measures its share of a batch; all of it is then gathered, so that each process has
+the whole batch, computes advantages and minibatches alike, and takes its share of every minibatch. Gradients are
+averaged by accelerate (DDP or FSDP). The learning curve is that of one process with the same batch, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from rlhf.rollout import Rollout
+
+RESPONSE_FIELDS = ("response_mask", "logprobs", "finished")
+Item = TypeVar("Item")
+
+
+class Processes:
+    """The processes of a run, this one among them."""
+
+    def __init__(self, accelerator: Accelerator | None = None) -> None:
+        self.accelerator = accelerator or Accelerator()
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes and shows."""
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self.accelerator.device
+
+    def share(self, num_items: int) -> slice:
+        """This process's part of items that are split evenly, in order."""
+        each = -(-num_items // self.number)
+        rank = self.accelerator.process_index
+        return slice(min(rank * each, num_items), min((rank + 1) * each, num_items))
+
+    def gather(self, items: Sequence[Item]) -> list[Item]:
+        """The items of all processes, in the order of their shares, in every process."""
+        return list(items) if self.number == 1 else gather_object(list(items))
+
+    def sum(self, values: dict[str, float]) -> dict[str, float]:
+        """Each value added up over the processes."""
+        if self.number == 1:
+            return values
+        total = self.accelerator.reduce(torch.tensor(list(values.values()), dtype=torch.float64, device=self.device))
+        return dict(zip(values, total.tolist(), strict=True))
+
+    def max(self, value: float) -> float:
+        """The largest value of any process."""
+        return max(self.gather([value]))
+
+    def any(self, value: bool) -> bool:
+        """Whether it holds for any process."""
+        return any(self.gather([value]))
+
+    def wrap(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Module and optimizer as accelerate runs them on these processes; as they are on one."""
+        if self.number == 1:
+            return module, optimizer
+        module, optimizer = self.accelerator.prepare(module, optimizer)
+        return module, optimizer
+
+    @contextmanager
+    def accumulating(self, modules: Sequence[nn.Module], last: bool) -> Iterator[None]:
+        """Backward passes inside leave gradients where they are, unless this is the last before the step."""
+        with ExitStack() as stack:
+            if not last and self.number > 1:
+                for module in modules:
+                    stack.enter_context(self.accelerator.no_sync(module))
+            yield
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        self.accelerator.wait_for_everyone()
+
+
+def gather_rollouts(
+    processes: Processes, rollout: Rollout, tensors: Mapping[str, Tensor]
+) -> tuple[Rollout, dict[str, Tensor]]:
+    """The rollouts of all processes as one, with what is known of their responses, [B] or [B, T] each.
+
+    Hidden states stay behind.
+    """
+    rollout = replace(rollout, hidden=None)
+    if processes.number == 1:
+        return rollout, dict(tensors)
+    fields = {name: getattr(rollout, name) for name in ("tokens", "attention_mask", *RESPONSE_FIELDS)}
+    mine = {name: value.cpu() for name, value in (fields | dict(tensors)).items()}
+    parts = processes.gather([(mine, rollout.prompts, rollout.responses)])
+    num_prompt = max(part["tokens"].shape[1] - part["response_mask"].shape[1] for part, _, _ in parts)
+    num_response = max(part["response_mask"].shape[1] for part, _, _ in parts)
+
+    def joined(name: str) -> Tensor:
+        rows = []
+        for part, _, _ in parts:
+            value, width = part[name], part["response_mask"].shape[1]
+            if value.dim() == 2:
+                left = num_prompt - (value.shape[1] - width) if name in ("tokens", "attention_mask") else 0
+                value = pad(value, (left, num_response - width))
+            rows.append(value)
+        return torch.cat(rows).to(processes.device)
+
+    together = Rollout(
+        **{name: joined(name) for name in fields},
+        prompts=[text for _, prompts, _ in parts for text in prompts],
+        responses=[text for _, _, responses in parts for text in responses],
+    )
+    return together, {name: joined(name) for name in tensors}

@@ -1,0 +1,273 @@
+"""Log-probabilities of response tokens without a block of logits [B, T, V]: the head runs chunk by chunk.
+
+A causal language model is a body, which gives a hidden state at every position, and a head, which turns one into V
+logits. The body runs on whole sequences; the head only where a response token is predicted, N positions in all, in
+chunks. So memory grows with B·T·d, d the hidden size, and not with B·T·V. Packed tensors, [N]
+and [N, d], hold the response tokens of a batch row by row, as ``tensor[mask]`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from rlhf.data import TokenBatch
+
+# Logits computed at a time: what a processor's cache holds, or enough to keep a GPU busy; but at least MIN_ROWS
+# positions, below which adding up the gradient of the head, V × d a chunk, would cost more than computing it.
+CHUNK = {"cpu": 2**21, "cuda": 2**26}
+MIN_ROWS = 64
+KEPT = 2**24  # logits that a backward pass may find kept instead of computing them again: 64 MB in float32
+
+
+# ── Body and head ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions counted from each row's first real token; 0 on left padding. [B, S] bool → [B, S] long"""
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """The body's output at the N positions that predict the response tokens: what the head reads. → [N, d]
+
+    The position before a token predicts it, so the last token of all is not even read.
+    """
+    tokens, attention_mask = batch.tokens[:, :-1], batch.attention_mask[:, :-1]
+    hidden = model.base_model(
+        input_ids=tokens,
+        attention_mask=attention_mask.long(),
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+    ).last_hidden_state
+    return hidden[:, batch.num_prompt_tokens - 1 :][batch.response_mask]
+
+
+@dataclass(frozen=True)
+class Head:
+    """From hidden states to the logits that the model's own forward gives, divided by a temperature.
+
+    logits = c·tanh(s·(h Wᵀ + b) / c) / temperature;  without a cap, s·(h Wᵀ + b) / temperature
+    """
+
+    weight: Tensor  # W [V, d]
+    bias: Tensor | None = None  # b [V]
+    scale: float = 1.0  # s
+    cap: float | None = None  # c
+    temperature: float = 1.0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, d] → [n, V] float32, newly made. The product is taken in the dtype of ``hidden``."""
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        logits = linear(hidden, self.weight.to(hidden.dtype), bias).float()
+        if self.cap is not None:
+            logits = logits.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
+            return logits.div_(self.temperature)
+        factor = self.scale / self.temperature
+        return logits if factor == 1.0 else logits.mul_(factor)
+
+    def derivative(self, logits: Tensor | None) -> Tensor | float:
+        """d logits / d (h Wᵀ + b), elementwise, where the logits are as given; they matter with a cap only."""
+        slope = self.scale / self.temperature
+        if self.cap is None:
+            return slope
+        assert logits is not None
+        return slope * (1.0 - (logits * (self.temperature / self.cap)) ** 2)
+
+
+def head_of(model: PreTrainedModel, temperature: float = 1.0) -> Head:
+    """The head of a causal language model, sharing its weights.
+
+    What some models do to their logits is read off their configs: a scale (Cohere, Granite, Falcon-H1) and a soft cap
+    (Gemma 2); :func:`require_split` tells whether that is all.
+    """
+    output = cast(nn.Linear, model.get_output_embeddings())
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    cap = getattr(config, "final_logit_softcapping", None)
+    return Head(output.weight, output.bias, scale, cap, temperature)
+
+
+@torch.no_grad()
+def require_split(model: PreTrainedModel) -> None:
+    """Raise ValueError unless head(body(tokens)) equals the model's own logits, tried on a few tokens."""
+    config = model.config.get_text_config()
+    tokens = torch.arange(4, device=model.device)[None] % config.vocab_size
+    known = isinstance(model.get_output_embeddings(), nn.Linear)
+    if known:
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        expected = model(input_ids=tokens, use_cache=False).logits.float()
+        tolerance = 1e-3 * float(expected.abs().max())
+        known = bool(torch.allclose(head_of(model).logits(hidden), expected, rtol=1e-3, atol=tolerance))
+    if not known:
+        raise ValueError(
+            f"{model.name_or_path}: the logits of {type(model).__name__} are no linear function of its last hidden "
+            "state that is known here; use a decoder-only model with a linear head"
+        )
+
+
+# ── Whole distributions, for measuring ────────────────────────────────────────────────────────────────────────────────
+
+
+class Distributions(Protocol):
+    """Next-token distributions at the N response positions of a batch, made a few at a time."""
+
+    def rows(self, rows: slice) -> Tensor:
+        """log ρ(·|s) at some of the positions. → [n, V] float32"""
+        ...
+
+
+class ModelDistributions:
+    """The distributions that a head gives at packed hidden states [N, d]."""
+
+    def __init__(self, hidden: Tensor, head: Head) -> None:
+        self.hidden = hidden
+        self.head = head
+
+    def rows(self, rows: slice) -> Tensor:
+        return log_distribution(self.head.logits(self.hidden[rows]))
+
+
+@torch.no_grad()
+def model_distributions(model: PreTrainedModel, batch: TokenBatch, temperature: float = 1.0) -> ModelDistributions:
+    """log softmax(logits / temperature) of a model at the response positions of a batch."""
+    return ModelDistributions(hidden_states(model, batch), head_of(model, temperature))
+
+
+def chunks(num_rows: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
+    """Consecutive slices of rows whose logits are handled at once."""
+    step = max(MIN_ROWS, CHUNK.get(device.type, CHUNK["cuda"]) // vocab_size)
+    return (slice(start, start + step) for start in range(0, num_rows, step))
+
+
+def log_distribution(logits: Tensor) -> Tensor:
+    """log softmax(logits), written over them. [n, V] → [n, V]"""
+    return logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
+
+
+def gather_logprobs(log_distributions: Tensor, tokens: Tensor) -> Tensor:
+    """log π(y|s) of the given tokens. [..., V], [...] → [...]"""
+    return log_distributions.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def unpack(packed: Tensor, mask: Tensor) -> Tensor:
+    """Packed values at their places, 0 elsewhere; differentiable. [N], [B, T] → [B, T]"""
+    return torch.zeros(mask.shape, dtype=packed.dtype, device=packed.device).masked_scatter(mask, packed)
+
+
+# ── Log-probabilities to train on ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class TokenStatistics(NamedTuple):
+    """Differentiable in hidden states and head. [N] each
+
+    logprobs  log π(y|s) of the tokens
+    entropy   −Σ_v π_v log π_v; None where it was not asked for
+    kl        Σ_i w_i Σ_v π_v (log π_v − log ρ_iv), exact; None without references
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    kl: Tensor | None
+
+
+def token_statistics(
+    hidden: Tensor,
+    head: Head,
+    tokens: Tensor,
+    *,
+    entropy: bool = False,
+    references: Sequence[tuple[float, Distributions]] = (),
+) -> TokenStatistics:
+    """Log-probabilities of tokens, and on request the entropies of their distributions and the exact KL to others.
+
+    hidden [N, d], tokens [N]. The logits of a chunk are kept for the backward pass as long as they are few (KEPT in
+    all), and computed again otherwise.
+    """
+    logprobs, entropies, divergences = _TokenStatistics.apply(
+        hidden, head.weight, head.bias, tokens, head, entropy, tuple(references)
+    )
+    return TokenStatistics(logprobs, entropies if entropy else None, divergences if references else None)
+
+
+class _TokenStatistics(torch.autograd.Function):
+    """With z the logits, p = softmax(z) and a, e, k the gradients of the three results:
+
+    d/dz_v = a (1[v = y] − p_v) − e p_v (log p_v + H) + k p_v (Σw·log p_v − Σ_i w_i log ρ_iv − KL)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        head: Head,
+        entropy: bool,
+        references: Sequence[tuple[float, Distributions]],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num, size = len(tokens), len(weight)
+        logprobs, entropies, divergences = hidden.new_zeros(3, num, dtype=torch.float32)
+        kept: list[Tensor] = []
+        for rows in chunks(num, size, hidden.device):
+            log_p = log_distribution(head.logits(hidden[rows]))
+            logprobs[rows] = gather_logprobs(log_p, tokens[rows])
+            if entropy or references:
+                p = log_p.exp()
+            if entropy:
+                entropies[rows] = -(p * log_p).sum(-1)
+            if references:
+                divergences[rows] = (p * _weighted_log_ratio(log_p, references, rows)).sum(-1)
+            if num * size <= KEPT:
+                kept.append(log_p)
+        ctx.save_for_backward(hidden, weight, bias, tokens, entropies, divergences)
+        ctx.head, ctx.entropy, ctx.references, ctx.kept = head, entropy, references, kept
+        return logprobs, entropies, divergences
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        hidden, weight, bias, tokens, entropies, divergences = ctx.saved_tensors
+        of_logprobs, of_entropy, of_kl = (gradient[:, None] for gradient in gradients)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        kept, ctx.kept = ctx.kept, []  # written over here: a second backward pass computes them again
+        for index, rows in enumerate(chunks(len(tokens), len(weight), hidden.device)):
+            slope: Tensor | float
+            if kept and ctx.head.cap is None:
+                log_p, slope = kept[index], ctx.head.derivative(None)
+            else:
+                logits = ctx.head.logits(hidden[rows])
+                slope = ctx.head.derivative(logits)
+                log_p = log_distribution(logits)
+            factor = -of_logprobs[rows]  # of p_v
+            if ctx.entropy:
+                factor = factor - of_entropy[rows] * (log_p + entropies[rows, None])
+            if ctx.references:
+                log_ratio = _weighted_log_ratio(log_p, ctx.references, rows)
+                factor = factor + of_kl[rows] * (log_ratio - divergences[rows, None])
+            d_logits = log_p.exp_().mul_(factor).scatter_add_(1, tokens[rows, None], of_logprobs[rows])
+            d_logits = d_logits.mul_(slope).to(hidden.dtype)
+            if needs_hidden:
+                d_hidden[rows] = d_logits @ weight.to(hidden.dtype)
+            if d_weight is not None:
+                d_weight.addmm_(d_logits.T.float(), hidden[rows].float())
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+        gradients_of_head = (None if d is None else d.to(weight.dtype) for d in (d_weight, d_bias))
+        return d_hidden, *gradients_of_head, None, None, None, None
+
+
+def _weighted_log_ratio(log_p: Tensor, references: Sequence[tuple[float, Distributions]], rows: slice) -> Tensor:
+    """Σ_i w_i (log p_v − log ρ_iv). [n, V]"""
+    terms = [weight * (log_p - reference.rows(rows)) for weight, reference in references]
+    return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]

@@ -1,0 +1,244 @@
+"""What a PPO run holds, loaded and checked against each other before anything long starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf import kl_control
+from rlhf.config import PPOConfig
+from rlhf.data import Prompt, load_prompts
+from rlhf.distributed import Processes
+from rlhf.guards import StepGuard
+from rlhf.models import (
+    context_length,
+    load_causal_lm,
+    load_scalar_head_model,
+    load_tokenizer,
+    require_same_tokenizer,
+)
+from rlhf.policy import Policy, ValueModel, checkpoint_activations
+from rlhf.randomness import generator
+from rlhf.reference import ModelReference, Reference, ReferenceSettings, folders_in, load_model_reference, names_of
+from rlhf.rewards import Reward, load_reward
+
+
+@dataclass
+class Learner:
+    """A module that is trained, its optimizer, and the peak learning rate of each of the optimizer's groups."""
+
+    module: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    learning_rates: list[float]
+
+
+@dataclass
+class Run:
+    """Everything that training uses."""
+
+    config: PPOConfig
+    processes: Processes
+    tokenizer: PreTrainedTokenizerBase
+    policy: Policy
+    value_model: ValueModel | None  # None where the value head sits on the policy's trunk
+    learners: dict[str, Learner]  # "policy", and "value" where it is apart
+    reference: Reference
+    names: dict[str, str]  # short name → folder or recipe, of every model that the KL is reported to
+    tracked: dict[str, ModelReference]  # those of them that it is measured to at every update
+    rewards: dict[str, Reward]
+    prompts: list[Prompt]
+    test_prompts: list[Prompt]
+    kl_controller: kl_control.FixedKL
+    guard: StepGuard
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The policy's language model."""
+        return self.policy.model
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the policy."""
+        return self.processes.device
+
+    def state(self) -> dict[str, Any]:
+        """All that training changes, but for the weights of the policy's model, which a checkpoint folder holds."""
+        return {
+            "value_model": None if self.value_model is None else self.value_model.state_dict(),
+            "value_head": None if self.policy.value_head is None else self.policy.value_head.state_dict(),
+            "optimizers": {name: learner.optimizer.state_dict() for name, learner in self.learners.items()},
+            "kl_controller": self.kl_controller.state(),
+            "reference": self.reference.state(),
+            "skipped_in_a_row": self.guard.in_a_row,
+        }
+
+    def restore(self, policy: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Take over the policy's weights and the rest from :meth:`state`."""
+        self.policy.model.load_state_dict(policy)
+        for name, module in (("value_model", self.value_model), ("value_head", self.policy.value_head)):
+            if module is not None:
+                module.load_state_dict(state[name])
+        for name, learner in self.learners.items():
+            learner.optimizer.load_state_dict(state["optimizers"][name])
+        self.kl_controller.restore(state["kl_controller"])
+        self.reference.restore(state["reference"])
+        self.guard.in_a_row = state["skipped_in_a_row"]
+
+    def distribute(self) -> None:
+        """Hand what is trained to accelerate, where there are several processes."""
+        for learner in self.learners.values():
+            learner.module, learner.optimizer = self.processes.wrap(learner.module, learner.optimizer)
+
+
+def reference_settings(config: PPOConfig) -> ReferenceSettings:
+    """The reference that a configuration asks for: the policy's own folder where none is named."""
+    return ReferenceSettings(
+        kind=config.reference_kind,
+        models=config.reference or [str(config.policy)],
+        weights=config.reference_weights or None,
+        decay=config.reference_decay,
+        every=config.reference_every,
+        dtype=getattr(torch, config.reference_dtype),
+        device=None if config.reference_device is None else torch.device(config.reference_device),
+        offload=config.reference_offload,
+    )
+
+
+def set_up(config: PPOConfig, processes: Processes | None = None) -> Run:
+    """Check and load everything a run needs; ValueError or FileNotFoundError names what does not fit."""
+    policy_folder = config.policy
+    if policy_folder is None or not config.reward or config.prompts is None:
+        raise ValueError(
+            "--policy, --reward and --prompts belong together: give all three, or only --reward for the built-in task"
+        )
+    processes = processes or Processes()
+    require_even_shares(config, processes.number)
+    settings = reference_settings(config)
+    named = [*config.reference, *config.track_kl]
+    for folder in (folder for model in named for folder in folders_in(model)):
+        require_same_tokenizer(policy_folder, folder)
+    value_folder = None if config.value_model == "shared" else value_start(config)
+    tokenizer = load_tokenizer(policy_folder)
+    prompts, test_prompts = load_all_prompts(config, tokenizer)
+    device = processes.device
+
+    specs = {"proxy_reward": config.reward[0], **({"gold_reward": config.gold_reward} if config.gold_reward else {})}
+    rewards = {
+        name: load_reward(spec, policy=policy_folder, device=device, batch_size=config.forward_batch_size)
+        for name, spec in specs.items()
+    }
+    policy = Policy(load_causal_lm(policy_folder, device=device), value_head=config.value_model == "shared")
+    value_model = None
+    if value_folder is not None:
+        value_model = ValueModel(load_scalar_head_model(value_folder, device=device, zero_head=True))
+    if config.activation_checkpointing:
+        for model in (policy.model, *([value_model.scalar.model] if value_model else [])):
+            checkpoint_activations(model)
+    names = names_of([policy_folder, *named])
+    tracked = config.track_kl or ([policy_folder] if config.reference_kind == "none" else [])
+    return Run(
+        config=config,
+        processes=processes,
+        tokenizer=tokenizer,
+        policy=policy,
+        value_model=value_model,
+        learners=make_learners(config, policy, value_model),
+        reference=settings.load(device),
+        names=names,
+        tracked={
+            name: load_model_reference([model], device=device)
+            for name, model in names.items()
+            if Path(model).resolve() in {Path(path).resolve() for path in tracked}
+        },
+        rewards=rewards,
+        prompts=prompts,
+        test_prompts=test_prompts,
+        kl_controller=make_controller(config),
+        guard=StepGuard(config.max_ratio, config.max_skipped),
+    )
+
+
+def make_learners(config: PPOConfig, policy: Policy, value_model: ValueModel | None) -> dict[str, Learner]:
+    """Policy and value model with an AdamW each; a value head on the trunk is a group of the policy's."""
+
+    def adamw(groups: list[dict[str, object]]) -> torch.optim.AdamW:
+        betas = (config.adam_beta1, config.adam_beta2)
+        return torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, weight_decay=0.0)
+
+    groups: list[dict[str, object]] = [{"params": list(policy.model.parameters())}]
+    rates = [config.learning_rate]
+    if policy.value_head is not None:
+        groups.append({"params": list(policy.value_head.parameters())})
+        rates.append(config.value_learning_rate)
+    learners = {"policy": Learner(policy, adamw(groups), rates)}
+    if value_model is not None:
+        optimizer = adamw([{"params": list(value_model.parameters())}])
+        learners["value"] = Learner(value_model, optimizer, [config.value_learning_rate])
+    return learners
+
+
+def make_controller(config: PPOConfig) -> kl_control.FixedKL:
+    """The controller of β."""
+    if config.kl_target is None:
+        return kl_control.FixedKL(config.kl_coef)
+    if config.kl_control == "adaptive":
+        return kl_control.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+    return kl_control.TargetKL(config.kl_coef, config.kl_target, config.kl_gain)
+
+
+def require_even_shares(config: PPOConfig, num_processes: int) -> None:
+    """Raise ValueError unless every process has the same number of episodes of each minibatch."""
+    for name in ("batch_size", "minibatch_size", "eval_episodes"):
+        if getattr(config, name) % num_processes:
+            raise ValueError(
+                f"{name}={getattr(config, name)} does not split evenly over {num_processes} processes; choose a "
+                "multiple"
+            )
+    share = config.minibatch_size // num_processes
+    if config.micro_batch_size is not None and share % config.micro_batch_size:
+        raise ValueError(
+            f"micro_batch_size={config.micro_batch_size} does not divide the {share} episodes that each of "
+            f"{num_processes} processes has of a minibatch; choose a divisor"
+        )
+
+
+def load_all_prompts(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts that leave room for a response in what the policy can read."""
+    assert config.policy is not None
+    assert config.prompts is not None
+    context = context_length(config.policy)
+    room = None if context is None else context - config.max_new_tokens
+    if room is not None and room < 1:
+        raise ValueError(
+            f"max_new_tokens={config.max_new_tokens}: leaves no room for a prompt in the {context} tokens that "
+            f"{config.policy} can read; lower it"
+        )
+    prompts = load_prompts(config.prompts, tokenizer, room)
+    if config.test_prompts:
+        return prompts, load_prompts(config.test_prompts, tokenizer, room)
+    return split_test_prompts(prompts, config)
+
+
+def split_test_prompts(prompts: list[Prompt], config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """A random tenth of the prompts (at least one) set aside as test prompts. → training prompts, test prompts"""
+    if len(prompts) < 2:
+        raise ValueError(f"{config.prompts}: one prompt cannot be split; add prompts, or give --test_prompts")
+    order = torch.randperm(len(prompts), generator=generator(config.seed, "test prompts")).tolist()
+    num_test = max(1, len(prompts) // 10)
+    return [prompts[i] for i in order[num_test:]], [prompts[i] for i in order[:num_test]]
+
+
+def value_start(config: PPOConfig) -> str:
+    """The folder whose body the value model starts from, by ``value_init``; its head starts at 0."""
+    assert config.policy is not None
+    if config.value_init == "policy":
+        return config.policy
+    folders = [reward for reward in config.reward if Path(reward).is_dir()]
+    if config.value_init == "reward" and not folders:
+        raise ValueError(f"value_init=reward, but {config.reward[0]} is no reward-model folder; use value_init=policy")
+    return folders[0] if folders else config.policy
