@@ -17,12 +17,11 @@ from transformers.utils import logging
 Config = TypeVar("Config")
 
 
-def setting(default: Any, help: str, *, section: str | None = None) -> Any:
-    """A dataclass field whose help is shown by ``--help``; ``section`` heads it and those that follow."""
-    metadata = {"help": help, "section": section}
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field whose help is shown by ``--help``."""
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 def required(help: str) -> Any:
@@ -57,6 +56,12 @@ def _as_arguments(settings: dict[str, Any], source: str, config_class: type) -> 
     return arguments
 
 
+def _program() -> str | None:
+    """The command as it was given, ``python -m rlhf.ppo``, where argparse would show a file's name."""
+    specification = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {specification.name.removesuffix('.__main__')}" if specification else None
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the description's line breaks and shows every default."""
 
@@ -65,6 +70,20 @@ class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise, so that a wrong flag is reported in one line like any other bad input."""
         raise ValueError(message)
+
+
+def _group(parser: argparse.ArgumentParser, sections: dict[str, str]) -> None:
+    """Show the flags under titles in ``--help``; ``sections`` give the title of each first flag.
+
+    argparse knows groups from the start or not at all, and the flags are made by HfArgumentParser.
+    """
+    group: argparse._ArgumentGroup | None = None
+    ungrouped: list[argparse.Action] = []
+    for action in parser._optionals._group_actions:
+        if action.dest in sections:
+            group = parser.add_argument_group(sections[action.dest])
+        (ungrouped if group is None else group._group_actions).append(action)
+    parser._optionals._group_actions[:] = ungrouped
 
 
 def parse_config(
@@ -76,7 +95,14 @@ def parse_config(
     Every dataclass field is a flag, with dashes or underscores. Raises ValueError for a setting that is unknown or out
     of range.
     """
-    parser = _Parser(cast(Any, config_class), description=description, formatter_class=_Formatter, allow_abbrev=False)
+    parser = _Parser(
+        cast(Any, config_class),
+        prog=_program(),
+        description=description,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    _group(parser, getattr(config_class, "SECTIONS", {}))
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags override it.")
     arguments = sys.argv[1:] if argv is None else list(argv)
     config_file = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
 
@@ -29,6 +30,16 @@ CHOICES = {
 class PPOConfig:
     """Settings of ``python -m rlhf.ppo``. An episode is one prompt with one sampled response."""
 
+    SECTIONS: ClassVar[dict[str, str]] = {
+        "policy": "models and data",
+        "reference": "reference",
+        "kl_coef": "KL penalty",
+        "updates": "update",
+        "learning_rate": "optimizer",
+        "max_new_tokens": "sampling",
+        "eval_episodes": "run",
+    }
+
     policy: str | None = setting(
         None, "Checkpoint folder the policy starts from. Without it, the built-in reviews task runs."
     )
@@ -52,7 +63,6 @@ class PPOConfig:
         [],
         "What the policy is kept close to: checkpoint folders, or merge recipes (.yaml). One folder is plain PPO, "
         "several are averaged in memory. Default: the policy.",
-        section="Reference",
     )
     reference_weights: list[float] = setting([], "Weights of the references, normalised to sum 1. Default: uniform.")
     reference_kind: str = setting(
@@ -69,7 +79,7 @@ class PPOConfig:
         [], "More folders or recipes to report the policy's KL to, at every update and at the end."
     )
 
-    kl_coef: float = setting(0.05, "β, the weight of the KL penalty.", section="KL penalty")
+    kl_coef: float = setting(0.05, "β, the weight of the KL penalty.")
     kl_estimator: str = setting("k1", "k1, k2, k3 or exact (the full vocabulary's sum); see rlhf/kl.py for biases.")
     kl_in: str = setting("reward", "Where the penalty goes: reward, loss, or both (with exact: the whole gradient).")
     kl_control: str = setting(
@@ -80,7 +90,7 @@ class PPOConfig:
     kl_horizon: int = setting(10_000, "adaptive: episodes over which β moves by its whole error.")
     kl_gain: float = setting(0.1, "target: change of log β by an update whose KL is e times the target.")
 
-    updates: int = setting(100, "PPO updates: each samples a batch of episodes and trains on it.", section="Update")
+    updates: int = setting(100, "PPO updates: each samples a batch of episodes and trains on it.")
     batch_size: int = setting(64, "Episodes sampled per update, by all processes together.")
     ppo_epochs: int = setting(2, "Passes over each batch.")
     minibatch_size: int = setting(32, "Episodes per optimizer step, in all processes; must divide batch_size.")
@@ -111,9 +121,7 @@ class PPOConfig:
         None, "Leave an update's remaining steps out once a step's KL(old ‖ new) per token is above this."
     )
 
-    learning_rate: float = setting(
-        1e-5, "Peak learning rate of the policy (AdamW, no weight decay).", section="Optimizer"
-    )
+    learning_rate: float = setting(1e-5, "Peak learning rate of the policy (AdamW, no weight decay).")
     value_learning_rate: float = setting(2e-5, "Peak learning rate of the value model or head.")
     warmup_updates: int = setting(5, "Updates over which the learning rates rise linearly to their peaks.")
     final_lr_fraction: float = setting(0.1, "Learning rates fall linearly to this fraction of their peaks.")
@@ -124,7 +132,7 @@ class PPOConfig:
     precision: str = setting("float32", "float32, or bf16: products in bfloat16, weights and sums in float32.")
     activation_checkpointing: bool = setting(False, "Compute activations again in the backward pass; saves memory.")
 
-    max_new_tokens: int = setting(64, "Longest response, in tokens.", section="Sampling")
+    max_new_tokens: int = setting(64, "Longest response, in tokens.")
     temperature: float = setting(1.0, "Sampling temperature; it divides the logits in every log-probability as well.")
     top_k: int = setting(0, "Sample from the k likeliest tokens only (0: all). The KL is that of the uncut policy.")
     top_p: float = setting(1.0, "Sample from the fewest likeliest tokens of this mass (1: all).")
@@ -133,7 +141,7 @@ class PPOConfig:
         "auto", "sampled: from the states kept while sampling; scored: by a forward; auto: sampled in float32."
     )
 
-    eval_episodes: int = setting(512, "Held-out episodes sampled before and after training.", section="Run")
+    eval_episodes: int = setting(512, "Held-out episodes sampled before and after training.")
     num_samples: int = setting(4, "Sampled responses written to samples.jsonl at every update.")
     save_every: int = setting(20, "Updates between checkpoints to resume from; 0 writes none.")
     keep: int = setting(1, "How many of the newest checkpoints are kept.")

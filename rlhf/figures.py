@@ -57,11 +57,12 @@ def draw_run(run: str | Path) -> list[Path]:
 
     frontier = Figure(figsize=(6, 4.4), layout="constrained")
     ax = frontier.subplots()
-    divergence = np.array([row["kl/reference"] for row in rows])
+    followed = divergences[0].removeprefix("kl/")  # the reference, or the policy's start where there is none
+    divergence = np.array([row[divergences[0]] for row in rows])
     for name, label, color in rewards:
         ax.plot(divergence, [row[name] for row in rows], ".-", color=color, label=label, linewidth=1, markersize=5)
     ax.set(
-        xlabel="KL to the reference (nats per response)",
+        xlabel=f"KL to {'the ' if followed == 'reference' else ''}{followed} (nats per response)",
         ylabel="reward",
         title="Reward against KL, one point an update",
     )

@@ -87,9 +87,11 @@ class ValueModel(nn.Module):
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Keep only the layers' inputs for the backward pass and compute the rest again.
 
-    transformers does so in training mode alone; without dropout that mode changes nothing else.
+    transformers does so in training mode alone; without dropout that mode changes nothing else. Its older versions know
+    it by the second name only.
     """
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     model.train()
 
 

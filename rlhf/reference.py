@@ -234,9 +234,9 @@ class ReferenceSettings:
             raise ValueError(
                 f"reference_weights: {len(self.weights)} weights for {len(self.models)} references; give one for each"
             )
-        if len(names_of(self.models)) < len(self.models):
-            raise ValueError(f"reference: {list(self.models)} names a model twice; give its weight once")
         separate = self.kind in ("weighted_kl", "mixture")
+        if separate and len(names_of(self.models)) < len(self.models):
+            raise ValueError(f"reference: {list(self.models)} names a model twice; give its weight once")
         if separate and self.weights is not None and not all(0 <= weight < math.inf for weight in self.weights):
             raise ValueError(f"reference_weights={list(self.weights)}: must be finite and not negative")
         if separate and self.weights is not None and not sum(self.weights) > 0:

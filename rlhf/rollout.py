@@ -138,10 +138,15 @@ def sample(
     order = prompt_mask.sum(dim=1).argsort(stable=True)
     parts = order.split(batch_size or len(prompts))
     decoded = []
-    for rows in tqdm(parts, desc=progress, leave=False) if progress else parts:
-        used = slice(prompt_tokens.shape[1] - int(prompt_mask[rows].sum(dim=1).max()), None)
-        inputs = (x.to(model.device) for x in (prompt_tokens[rows, used], prompt_mask[rows, used], uniforms[rows]))
-        decoded.append(run(model, *inputs, sampling=sampling, eos_token_id=tokenizer.eos_token_id))
+    training = model.training
+    model.eval()  # in training mode, checkpointed activations go without a cache
+    try:
+        for rows in tqdm(parts, desc=progress, leave=False) if progress else parts:
+            used = slice(prompt_tokens.shape[1] - int(prompt_mask[rows].sum(dim=1).max()), None)
+            inputs = (x.to(model.device) for x in (prompt_tokens[rows, used], prompt_mask[rows, used], uniforms[rows]))
+            decoded.append(run(model, *inputs, sampling=sampling, eos_token_id=tokenizer.eos_token_id))
+    finally:
+        model.train(training)
 
     width = max(part.tokens.shape[1] for part in decoded)
     in_order = order.argsort().to(model.device)

@@ -137,7 +137,7 @@ def require_same_settings(path: Path, config: PPOConfig) -> None:
     differing = [
         f"{name} ({made_with.get(name)!r} there, {value!r} here)"
         for name, value in asdict(config).items()
-        if name != "resume" and made_with.get(name) != value
+        if name not in ("resume", "output") and made_with.get(name) != value
     ]
     if differing:
         raise ValueError(f"{path.parent}: a checkpoint of another configuration: {', '.join(differing)}")

@@ -22,7 +22,7 @@ def test_the_logged_kl_is_the_kl_that_analysis_measures(
     config = PPOConfig(
         policy=str(ingredients[0]),
         reference=[str(folder) for folder in ingredients],
-        reward=str(checkpoints["reward"]),
+        reward=[str(checkpoints["reward"])],
         prompts=str(prompt_file),
         output=str(tmp_path / "run"),
         updates=1,

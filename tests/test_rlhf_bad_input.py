@@ -50,6 +50,7 @@ def place(checkpoints: dict[str, Path], prompt_file: Path, tmp_path_factory: pyt
         "rows.jsonl": json.dumps({"prompt": "a"}) + "\n" + json.dumps({"text": "b"}) + "\n",
         "garbled.jsonl": '{"prompt": "a"}\n{"prompt": \n',
         "unknown.yaml": "learning_rates: 0.1\n",
+        "recipe.yaml": f"method: slerp\nmodels: [{paths['first']}, {paths['second']}]\nparameters: {{t: 0.5}}\n",
     }
     for name, text in files.items():
         (root / name).write_text(text, encoding="utf-8")
@@ -100,6 +101,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"reference": ["@first", "@second"], "reference_weights": [1, 1, 1]}, "weight"),
     ({"reference": ["@first", "@second"], "reference_weights": [1, -1]}, "-1"),
     ({"reference": ["@first", "@second"], "reference_weights": [0, 0]}, "weights"),
+    ({"reference": ["@first", "@first"], "reference_kind": "mixture"}, "names a model twice"),
+    (
+        {"reference": ["@first", "@second"], "reference_kind": "weighted_kl", "reference_weights": [1]},
+        "1 weights for 2",
+    ),
+    ({"reference_kind": "none", "reference_weights": [1]}, "reference_kind=none takes no reference_weights"),
+    ({"reference": ["@recipe.yaml", "@first"]}, "recipe.yaml: a recipe is a whole reference by itself"),
+    ({"reference": ["@absent.yaml"]}, "absent.yaml"),
     ({"reference_weights": [1, 1]}, "weight"),
     ({"reward": "@larger_vocabulary"}, "larger_vocabulary: vocabulary of 21 tokens"),
     ({"reward": "@reordered_vocabulary"}, "reordered_vocabulary: its tokenizer differs"),

@@ -46,7 +46,7 @@ def test_values_of_a_file_are_converted_like_flags(tmp_path: Path) -> None:
     assert (config.whiten_rewards, config.whiten_advantages) == (True, False)
     assert config.reference_weights == [1.0, 2.0]
     assert (config.kl_target, config.track_kl, config.micro_batch_size) == (None, [], 8)
-    assert (config.policy, config.reward) == ("models/a b", "m:f")
+    assert (config.policy, config.reward) == ("models/a b", ["m:f"])
 
 
 def test_dashes_underscores_and_switches() -> None:
@@ -57,7 +57,20 @@ def test_dashes_underscores_and_switches() -> None:
 
 
 def test_saved_settings_are_read_back(tmp_path: Path) -> None:
-    config = parse("--reference", "a", "b", "--reference-weights", "1", "2", "--kl-target", "6", "--updates", "7")
+    config = parse(
+        "--reference",
+        "a",
+        "b",
+        "--reference-weights",
+        "1",
+        "2",
+        "--kl-control",
+        "target",
+        "--kl-target",
+        "6",
+        "--updates",
+        "7",
+    )
     config.save(tmp_path / "config.yaml")
     assert parse("--config", str(tmp_path / "config.yaml")) == config
     assert parse(**read_settings(tmp_path / "config.yaml")) == config
@@ -81,7 +94,7 @@ def test_saved_settings_are_read_back(tmp_path: Path) -> None:
         (["--temperature", "0"], r"temperature=0\.0: must be greater than 0"),
         (["--temperature", "nan"], "temperature=nan: must be greater than 0"),
         (["--kl-coef", "-0.1"], r"kl_coef=-0\.1: must be finite and not negative"),
-        (["--kl-target", "0"], r"kl_target=0\.0: must be greater than 0, in nats per response"),
+        (["--kl-target", "0"], r"kl_target=0\.0: must be greater than 0 and finite, in nats"),
         (["--kl-horizon", "0"], "kl_horizon=0"),
         (["--gamma", "1.1"], r"gamma=1\.1: must lie between 0 and 1"),
         (["--gae-lambda", "-0.5"], r"gae_lambda=-0\.5: must lie between 0 and 1"),
@@ -89,6 +102,16 @@ def test_saved_settings_are_read_back(tmp_path: Path) -> None:
         (["--clip-range-value", "-1"], r"clip_range_value=-1\.0"),
         (["--missing-eos-penalty", "-1"], r"missing_eos_penalty=-1\.0: must be finite and not negative"),
         (["--value-init", "zero"], "value_init='zero': must be auto, reward or policy"),
+        (["--value-model", "none"], "value_model='none': must be separate or shared"),
+        (["--reference-kind", "mean"], "reference_kind='mean': must be soup, weighted_kl, mixture, moving_average or"),
+        (["--kl-in", "loss"], "kl_in=loss: k1 has no gradient in expectation there; use kl_estimator exact, k2 or k3"),
+        (["--kl-in", "both", "--kl-estimator", "k3"], "kl_in=both counts k3 twice; use kl_estimator=exact"),
+        (["--kl-target", "3"], r"kl_control=fixed, kl_target=3\.0: give a target"),
+        (["--kl-control", "target"], "kl_control=target, kl_target=None: give a target"),
+        (["--top-p", "1.5"], r"top_p=1\.5: must lie between 0 and 1"),
+        (["--max-ratio", "0"], r"max_ratio=0\.0"),
+        (["--early-stop-kl", "0"], r"early_stop_kl=0\.0"),
+        (["--reference-decay", "2"], r"reference_decay=2\.0"),
         (["--learning-rate", "0"], r"learning_rate=0\.0"),
         (["--value-learning-rate", "nan"], "value_learning_rate=nan"),
         (["--warmup-updates", "-1"], "warmup_updates=-1"),
@@ -99,8 +122,8 @@ def test_saved_settings_are_read_back(tmp_path: Path) -> None:
         (["--max-grad-norm", "0"], r"max_grad_norm=0\.0"),
         (["--eval-episodes", "0"], "eval_episodes=0"),
         (["--num-samples", "-1"], "num_samples=-1"),
-        (["--checkpoint-every", "-1"], "checkpoint_every=-1"),
-        (["--keep-checkpoints", "0"], "keep_checkpoints=0"),
+        (["--save-every", "-1"], "save_every=-1"),
+        (["--keep", "0"], "keep=0"),
         (["--seed", "-1"], "seed=-1: must be finite and not negative"),
         (["--temperature", "inf"], "temperature=inf: must be greater than 0 and finite"),
         (["--resume"], "resume: say which run to go on with, by --output FOLDER"),
@@ -220,7 +243,7 @@ def settings_read(*modules: str) -> set[str]:
 @pytest.mark.parametrize(
     ("config_class", "modules"),
     [
-        (PPOConfig, ("ppo", "run_folder", "config")),
+        (PPOConfig, ("ppo", "setup", "run_folder", "config")),
         (SFTConfig, ("sft", "training")),
         (RewardModelConfig, ("reward_model", "training")),
     ],

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from rlhf import ppo
 from rlhf.config import PPOConfig
 from rlhf.data import Prompt
-from rlhf.models import gather_logprobs, response_log_distributions
-from rlhf.ppo import Experience, Run, collect, minibatch_step, names_of, optimise, roll_out, score, split_test_prompts
+from rlhf.guards import DivergedError
+from rlhf.ppo import Experience, collect, minibatch_step, optimise, roll_out, score
+from rlhf.reference import names_of
 from rlhf.rollout import Rollout
+from rlhf.setup import Run, split_test_prompts, value_start
 
 SETTINGS: dict[str, Any] = {
-    "reward": "helpers:share_of_a",
+    "reward": ["helpers:share_of_a"],
     "gold_reward": "helpers:count_words",
     "batch_size": 12,
     "minibatch_size": 6,
@@ -45,8 +47,14 @@ def set_up(checkpoints: dict[str, Path], prompt_file: Path, **settings: Any) -> 
         "prompts": str(prompt_file),
     }
     run = ppo.set_up(PPOConfig(**(models | SETTINGS | settings)))
-    nn.init.normal_(run.value_model.head.weight, generator=torch.Generator().manual_seed(0))
+    nn.init.normal_(value_head(run).weight, generator=torch.Generator().manual_seed(0))
     return run
+
+
+def value_head(run: Run) -> nn.Linear:
+    head = run.policy.value_head if run.value_model is None else run.value_model.scalar.head
+    assert head is not None
+    return head
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +86,8 @@ def log_distributions_alone(model: nn.Module, ids: Tensor, num_prompt: int) -> T
 
 
 def values_alone(run: Run, ids: Tensor, num_prompt: int) -> Tensor:
-    hidden = run.value_model.body(ids).last_hidden_state[0, num_prompt - 1 : -1]
-    return hidden @ run.value_model.head.weight[0]
+    body = run.model.base_model if run.value_model is None else run.value_model.scalar.body
+    return body(ids).last_hidden_state[0, num_prompt - 1 : -1] @ value_head(run).weight[0]
 
 
 def test_experience_and_metrics_equal_a_loop_over_episodes(
@@ -92,7 +100,7 @@ def test_experience_and_metrics_equal_a_loop_over_episodes(
         with torch.no_grad():
             policy, reference, third = (
                 log_distributions_alone(model, ids, num_prompt)
-                for model in (run.policy, run.reference.model, run.tracked["third"].model)
+                for model in (run.model, run.reference.sources["reference"][1].model, run.tracked["third"].model)
             )
             values = [*values_alone(run, ids, num_prompt).tolist(), 0.0]
         tokens = ids[0, num_prompt:].tolist()
@@ -141,14 +149,14 @@ def test_the_kl_estimates_agree_within_their_errors(collected: tuple[Experience,
 
 def with_plain_descent(run: Run, learning_rate: float = 0.1) -> Run:
     """Gradients can be read off the weights' change when the optimizer is not adaptive."""
-    run.policy_optimizer = torch.optim.SGD(run.policy.parameters(), lr=learning_rate)
-    run.value_optimizer = torch.optim.SGD(run.value_model.parameters(), lr=learning_rate)
+    for learner in run.learners.values():
+        learner.optimizer = torch.optim.SGD(learner.module.parameters(), lr=learning_rate)
     return run
 
 
 def weights(run: Run) -> dict[str, Tensor]:
-    models = {"policy": run.policy, "value": run.value_model}
-    return {f"{m}.{n}": p.detach().clone() for m, model in models.items() for n, p in model.named_parameters()}
+    modules = {name: learner.module for name, learner in run.learners.items()}
+    return {f"{m}.{n}": p.detach().clone() for m, module in modules.items() for n, p in module.named_parameters()}
 
 
 def assert_same_step(one: Run, other: Run, before: dict[str, Tensor]) -> None:
@@ -211,16 +219,16 @@ def test_gradients_equal_a_loop_over_episodes(
     for i, (ids, num_prompt) in enumerate(rows_alone(experience.rollout)):
         tokens = ids[0, num_prompt:]
         length = len(tokens)
-        logprobs = log_distributions_alone(plain.policy, ids, num_prompt).gather(1, tokens[:, None]).squeeze(1)
+        logprobs = log_distributions_alone(plain.model, ids, num_prompt).gather(1, tokens[:, None]).squeeze(1)
         (-(experience.advantages[i, :length] * logprobs).sum() / num_tokens).backward()
         errors = values_alone(plain, ids, num_prompt) - experience.returns[i, :length]
         ((errors**2).sum() / 2 / num_tokens).backward()
     norms = [
-        nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        for model in (plain.policy, plain.value_model)
+        nn.utils.get_total_norm([p.grad for p in learner.module.parameters() if p.grad is not None])
+        for learner in plain.learners.values()
     ]
-    plain.policy_optimizer.step()
-    plain.value_optimizer.step()
+    for learner in plain.learners.values():
+        learner.optimizer.step()
     assert_same_step(stepped, plain, before)
     assert [metrics["grad_norm/policy"], metrics["grad_norm/value"]] == pytest.approx(
         [norm.item() for norm in norms], rel=1e-4
@@ -231,12 +239,11 @@ def test_first_step_has_ratio_one_and_later_ones_do_not(
     checkpoints: dict[str, Path], prompt_file: Path, collected: tuple[Experience, dict[str, float]]
 ) -> None:
     run = set_up(checkpoints, prompt_file)
-    run.policy_optimizer = torch.optim.SGD(run.policy.parameters(), lr=0.01)
+    run.learners["policy"].optimizer = torch.optim.SGD(run.policy.parameters(), lr=0.01)
     experience, mask = collected[0], collected[0].rollout.response_mask
     first = minibatch_step(run, experience)
     with torch.no_grad():
-        log_distributions = response_log_distributions(run.policy, experience.rollout, 0.8)
-        logprobs = gather_logprobs(log_distributions, experience.rollout.response_tokens)
+        logprobs = run.policy(experience.rollout, 0.8).logprobs
     second = minibatch_step(run, experience)
     assert first["ratio_deviation"] < 1e-4
     assert first["approx_kl"] == pytest.approx(0, abs=1e-8)
@@ -259,7 +266,7 @@ def test_a_step_leaves_no_gradients_behind(
 ) -> None:
     run = set_up(checkpoints, prompt_file)
     minibatch_step(run, collected[0])
-    parameters = [*run.policy.parameters(), *run.value_model.parameters()]
+    parameters = [p for learner in run.learners.values() for p in learner.module.parameters()]
     assert not any(parameter.grad is not None and parameter.grad.any() for parameter in parameters)
 
 
@@ -276,13 +283,35 @@ def test_gradients_are_scaled_down_to_the_norm_allowed(
         assert metrics[f"grad_norm/{model}"] > 0.02  # as it was before
 
 
-def test_a_gradient_that_is_not_finite_is_an_error(
+def test_a_step_that_is_off_is_skipped_and_counted_and_three_in_a_row_end_the_run(
     checkpoints: dict[str, Path], prompt_file: Path, collected: tuple[Experience, dict[str, float]]
 ) -> None:
     run = set_up(checkpoints, prompt_file)
+    before = weights(run)
     broken = replace(collected[0], advantages=torch.full_like(collected[0].advantages, torch.nan))
-    with pytest.raises(ValueError, match="the gradient of the policy model is nan; lower its learning rate"):
+    for _ in range(2):
+        assert minibatch_step(run, broken)["skipped_steps"] == 1
+    assert minibatch_step(run, collected[0])["skipped_steps"] == 0
+    assert any(not torch.equal(weights(run)[name], start) for name, start in before.items())
+    assert all(parameter.isfinite().all() for parameter in weights(run).values())
+    for _ in range(2):
         minibatch_step(run, broken)
+    with pytest.raises(DivergedError, match="3 optimizer steps in a row had to be skipped, the last because the loss"):
+        minibatch_step(run, broken)
+
+
+def test_a_step_far_from_the_sampling_policy_is_skipped(
+    checkpoints: dict[str, Path], prompt_file: Path, collected: tuple[Experience, dict[str, float]]
+) -> None:
+    experience = collected[0]
+    old = experience.logprobs - 2.5 * experience.rollout.response_mask  # every ratio is e^2.5 = 12.2
+    for max_ratio, skipped in ((12.0, 1.0), (12.4, 0.0)):
+        run = set_up(checkpoints, prompt_file, max_ratio=max_ratio)
+        before = weights(run)
+        metrics = minibatch_step(run, replace(experience, logprobs=old))
+        assert metrics["mean_ratio"] == pytest.approx(12.18, abs=0.01)
+        assert metrics["skipped_steps"] == skipped
+        assert all(torch.equal(weights(run)[name], start) for name, start in before.items()) == bool(skipped)
 
 
 def test_tokens_outside_the_mask_have_no_effect(
@@ -321,7 +350,7 @@ def test_rewards_are_whitened_on_request_and_keep_their_mean(
     rewards = []
     for whiten in (False, True):
         run = set_up(checkpoints, prompt_file, gamma=0.0, whiten_rewards=whiten)
-        nn.init.zeros_(run.value_model.head.weight)
+        nn.init.zeros_(value_head(run).weight)
         rewards.append(collect(run, rollout, score(run, rollout))[0].advantages[mask].double())
     assert rewards[1].mean().item() == pytest.approx(rewards[0].mean().item(), abs=1e-5)
     assert rewards[1].var(correction=0).item() == pytest.approx(1, abs=1e-5)
@@ -334,12 +363,12 @@ def test_every_episode_is_used_once_an_epoch_at_the_scheduled_learning_rate(
     episodes = torch.arange(12.0)[:, None].expand(-1, collected[0].logprobs.shape[1])
     marked = replace(collected[0], returns=episodes)
     seen: list[list[int]] = []
-    rates: list[tuple[float, float]] = []
+    rates: list[tuple[float, ...]] = []
 
     def record(run: Run, minibatch: Experience) -> dict[str, float]:
         seen.append(minibatch.returns[:, 0].int().tolist())
-        rates.append((run.policy_optimizer.param_groups[0]["lr"], run.value_optimizer.param_groups[0]["lr"]))
-        return {"ratio_deviation": float(len(seen))}
+        rates.append(tuple(run.learners[name].optimizer.param_groups[0]["lr"] for name in ("policy", "value")))
+        return {"ratio_deviation": float(len(seen)), "skipped_steps": float(len(seen) == 2), "approx_kl": 0.0}
 
     monkeypatch.setattr(ppo, "minibatch_step", record)
     metrics = optimise(run, marked, update=3)  # of 100, the first five of which are warm-up
@@ -353,7 +382,9 @@ def test_every_episode_is_used_once_an_epoch_at_the_scheduled_learning_rate(
         "ratio_deviation": 2.5,
         "ratio_deviation_first": 1.0,
         "learning_rate": pytest.approx(0.5e-5),
-        "optimizer_steps": 4,
+        "optimizer_steps": 3,
+        "skipped_steps": 1,
+        "approx_kl": 0.0,
     }
     seen.clear()
     optimise(run, marked, update=3)
@@ -376,18 +407,19 @@ def test_where_the_value_model_starts(
     checkpoints: dict[str, Path], prompt_file: Path, value_init: str, reward: str, start: str
 ) -> None:
     spec = str(checkpoints.get(reward, reward))
-    models = {"policy": str(checkpoints["first"]), "reward": spec, "prompts": str(prompt_file)}
+    models = {"policy": str(checkpoints["first"]), "reward": [spec], "prompts": str(prompt_file)}
     config = PPOConfig(**models, max_new_tokens=7, value_init=value_init)
-    assert ppo.value_start(config) == str(checkpoints[start])
+    assert value_start(config) == str(checkpoints[start])
     run = ppo.set_up(config)
-    assert run.value_model.head.weight.abs().max() == 0
-    assert run.value_model.body is not run.policy.base_model
+    assert value_head(run).weight.abs().max() == 0
+    assert run.value_model is not None
+    assert run.value_model.scalar.body is not run.model.base_model
 
 
 def test_adam_is_configured_as_asked(checkpoints: dict[str, Path], prompt_file: Path) -> None:
     run = set_up(checkpoints, prompt_file, adam_beta1=0.7, adam_beta2=0.8, adam_eps=0.01)
-    for optimizer in (run.policy_optimizer, run.value_optimizer):
-        (group,) = optimizer.param_groups
+    for learner in run.learners.values():
+        (group,) = learner.optimizer.param_groups
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.7, 0.8), 0.01, 0)
 
 
