@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from rlhf.logprobs import gather_logprobs, head_of, log_distribution, position_ids
 
@@ -80,6 +81,44 @@ def sample_tokens(log_distributions: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cdf, uniforms.to(cdf.dtype)[:, None] * cdf[:, -1:], right=True).squeeze(1)
 
 
+class PreallocatedLayer(DynamicLayer):
+    """A layer of the key–value cache with room for all tokens, where growing by one copies one and not the rest."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+        self.storage: list[Tensor] = []  # keys and values, [B, heads, capacity, width] each
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add the tokens' states and return all there are."""
+        states = (key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(*states)
+            self.storage = [new.new_empty(*new.shape[:2], self.capacity, new.shape[3]) for new in states]
+        stop = self.length + key_states.shape[2]
+        for stored, new in zip(self.storage, states, strict=True):
+            stored[:, :, self.length : stop] = new
+        self.length = stop
+        return self._show()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows only."""
+        self.storage = [stored[indices] for stored in self.storage]
+        self._show()
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (stored[:, :, : self.length] for stored in self.storage)
+        return self.keys, self.values
+
+
+def make_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
+    """The model's cache for at most ``capacity`` tokens; layers of another kind (sliding windows) stay as they are."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 class Decoded(NamedTuple):
     """B responses of at most T tokens; arbitrary past a row's end-of-sequence token.
 
@@ -109,12 +148,13 @@ def decode(
     states: Tensor | None = None
     rows = torch.arange(num_rows, device=tokens.device)  # those still computed
     ended = torch.zeros(num_rows, dtype=torch.bool, device=tokens.device)
-    cache = DynamicCache(config=model.config)
+    cache = make_cache(model, tokens.shape[1] + longest)
+    padded = not bool(attention_mask.all())
     positions, step_input = position_ids(attention_mask), tokens
     for step in range(longest):
         hidden = model.base_model(
             input_ids=step_input,
-            attention_mask=attention_mask.long(),
+            attention_mask=attention_mask.long() if padded else None,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,

@@ -37,16 +37,17 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """The body's output at the N positions that predict the response tokens: what the head reads. → [N, d]
 
-    The position before a token predicts it, so the last token of all is not even read.
+    The rows are moved to the left, so that all padding comes after what counts: no token looks ahead, hence the model
+    needs no attention mask, which its fastest attention does without. The position before a token predicts it, so the
+    last one of all is not even read.
     """
-    tokens, attention_mask = batch.tokens[:, :-1], batch.attention_mask[:, :-1]
-    hidden = model.base_model(
-        input_ids=tokens,
-        attention_mask=attention_mask.long(),
-        position_ids=position_ids(attention_mask),
-        use_cache=False,
-    ).last_hidden_state
-    return hidden[:, batch.num_prompt_tokens - 1 :][batch.response_mask]
+    prompt_lengths = batch.attention_mask[:, : batch.num_prompt_tokens].sum(dim=1)
+    width = int(batch.attention_mask.sum(dim=1).max()) - 1
+    columns = torch.arange(width, device=batch.tokens.device) + (batch.num_prompt_tokens - prompt_lengths)[:, None]
+    tokens = batch.tokens.gather(1, columns.clamp(max=batch.tokens.shape[1] - 1))
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    rows, steps = batch.response_mask.nonzero(as_tuple=True)
+    return hidden[rows, prompt_lengths[rows] - 1 + steps]
 
 
 @dataclass(frozen=True)
