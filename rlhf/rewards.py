@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlhf.data import TokenBatch
+from rlhf.data import TokenBatch, by_length
 from rlhf.models import ScalarHeadModel, load_scalar_head_model, require_same_tokenizer
 from rlhf.rollout import Rollout
 
@@ -48,13 +48,13 @@ def score_responses(model: ScalarHeadModel, batch: TokenBatch, batch_size: int |
     """The head's value at each row's last token, ``batch_size`` rows at once (default: all). → [B] float32
 
     Rows go through the model sorted by length, the longest first, each batch no wider than its longest row, so that
-    nearly no padding is computed.
+    nearly no padding is computed: a row is read from its first token on, prompt and response side by side.
     """
     lengths = batch.attention_mask.sum(dim=1)
     first = batch.attention_mask.long().argmax(dim=1)
     scores = torch.empty(len(batch), device=batch.tokens.device)
-    for rows in lengths.argsort(descending=True, stable=True).split(batch_size or len(batch)):
-        columns = torch.arange(int(lengths[rows[0]]), device=rows.device)
+    for rows in by_length(batch, batch_size):
+        columns = torch.arange(int(lengths[rows[0]]), device=lengths.device)
         # A row's real tokens are one run. What follows a shorter row's run is masked, whatever it is.
         run = (first[rows, None] + columns).clamp(max=batch.tokens.shape[1] - 1)
         scores[rows] = last_token_scores(model, batch.tokens[rows].gather(1, run), columns < lengths[rows, None])
