@@ -45,7 +45,7 @@ def weigh(names: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
 class Standardisation:
     """Mean and standard deviation of each reward by name; ``dataclasses.asdict`` turns them into JSON and back exactly.
 
-    Affine in each reward, so it changes what weights and the KL coefficient mean, never which response is better.
+    Affine in each reward, so it changes what weights and the KL coefficient mean, never the order by one reward.
     """
 
     means: dict[str, float]
