@@ -1,22 +1,23 @@
-"""Prompts, demonstrations and preference pairs from files.
+"""Prompts, demonstrations and preference pairs as tokens, and batches of them.
 
-Prompts: a text file (one a line) or JSON Lines with ``prompt`` (used verbatim) or ``messages`` (the tokenizer's chat
-template is applied). Demonstrations add ``response``; pairs add ``chosen`` and ``rejected``. A response is tokenized on
-its own and ends with the end-of-sequence token, so that training sees the same boundary between prompt and response as
-sampling does.
+:mod:`rlhf.rows` says what files and datasets are read, :mod:`rlhf.conversations` which fields their rows have: prompts
+have ``prompt`` (used verbatim) or ``messages`` (the tokenizer's chat template is applied); demonstrations add
+``response``; pairs add ``chosen`` and ``rejected``. A response is tokenized on its own and ends with the
+end-of-sequence token, so that training sees the same boundary between prompt and response as sampling does.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from rlhf.conversations import Chat, read_conversation
+from rlhf.rows import read_rows
 
 
 @dataclass(frozen=True)
@@ -48,80 +49,54 @@ class Pair:
     rejected: Example
 
 
-def _rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of every non-blank line, ``where`` naming file and line for errors."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a .txt or .jsonl file")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        if path.suffix == ".txt":
-            yield where, {"prompt": line}
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{where}: not JSON ({error.msg}); write one JSON object a line, or name the file .txt"
-            ) from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected a JSON object with prompt or messages, found {type(row).__name__}")
-        yield where, row
-
-
-def _render(where: str, messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Chat messages as the text that the tokenizer's chat template makes of them, ready for the model's answer."""
+def _render(where: str, chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A chat as the text that the tokenizer's chat template makes of it, ready for the model's answer."""
     if tokenizer.chat_template is None:
         raise ValueError(f"{where}: has messages, but the tokenizer has no chat template; give a plain prompt instead")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"{where}: messages must be objects with strings role and content; found {message!r}")
     try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
     except Exception as error:  # templates raise whatever they like, jinja2's own errors included
         raise ValueError(f"{where}: the chat template refuses the messages: {error}") from None
 
 
-def _encode_prompt(
-    where: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
-) -> Prompt:
-    if isinstance(row.get("messages"), list):
-        ids = tokenizer(_render(where, row["messages"], tokenizer), add_special_tokens=False)["input_ids"]
-        text = "\n".join(message["content"] for message in row["messages"])
-    elif isinstance(row.get("prompt"), str):
-        ids = tokenizer(row["prompt"])["input_ids"]
-        text = row["prompt"]
+def _encode_prompt(where: str, prompt: str | Chat, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    if isinstance(prompt, str):
+        ids, text = tokenizer(prompt)["input_ids"], prompt
     else:
-        raise ValueError(f"{where}: has neither a string prompt nor a list messages; found {sorted(row)}")
+        ids = tokenizer(_render(where, prompt, tokenizer), add_special_tokens=False)["input_ids"]
+        text = "\n".join(turn["content"] for turn in prompt)
     if not ids:
         raise ValueError(f"{where}: the prompt is empty; remove the line")
-    if max_tokens is not None and len(ids) > max_tokens:
-        raise ValueError(
-            f"{where}: prompt of {len(ids)} tokens, but only {max_tokens} fit beside the response; shorten it or "
-            "allow more"
-        )
     return Prompt(text, list(ids))
 
 
-def _encode_response(where: str, row: dict[str, Any], field: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if not isinstance(row.get(field), str) or not row[field].strip():
-        raise ValueError(f"{where}: field {field!r} must be a non-empty string; found {row.get(field)!r}")
-    ids = tokenizer(row[field], add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.eos_token_id]
+def _encode_response(response: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
-def load_prompts(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None) -> list[Prompt]:
-    """All prompts of a file; ValueError names file and line of an empty, malformed or too long one."""
-    prompts = [_encode_prompt(where, row, tokenizer, max_tokens) for where, row in _rows(path)]
+def load_prompts(source: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None) -> list[Prompt]:
+    """All prompts of a file or dataset; ValueError names place and line of an empty, malformed or too long one."""
+    prompts = []
+    for where, row in read_rows(source):
+        prompt = _encode_prompt(where, read_conversation(where, row)[0], tokenizer)
+        if max_tokens is not None and len(prompt.token_ids) > max_tokens:
+            raise ValueError(
+                f"{where}: prompt of {len(prompt.token_ids)} tokens, but only {max_tokens} fit beside the response; "
+                "shorten it or allow more"
+            )
+        prompts.append(prompt)
     if not prompts:
-        raise ValueError(f"{path}: no prompts; expected one a line (.txt) or one JSON object a line (.jsonl)")
+        raise ValueError(f"{source}: no prompts; expected one a line (.txt), or rows with prompt or messages")
     return prompts
+
+
+def shared_prompts(train: Sequence[Prompt], test: Sequence[Prompt]) -> int:
+    """How many of the test prompts are training prompts too, token by token; a repeated test prompt counts each time.
+
+    Results on those are no longer results on held-out prompts.
+    """
+    seen = {tuple(prompt.token_ids) for prompt in train}
+    return sum(tuple(prompt.token_ids) in seen for prompt in test)
 
 
 def _fit(where: str, example: Example, max_tokens: int | None) -> Example:
@@ -137,38 +112,34 @@ def _fit(where: str, example: Example, max_tokens: int | None) -> Example:
     return Example(example.prompt_ids, example.response_ids[:room])
 
 
-def load_examples(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None) -> list[Example]:
-    """Demonstrations (``prompt`` or ``messages``, and ``response``); longer ones lose the end of the response."""
-    examples = [
-        _fit(
-            where,
-            Example(
-                _encode_prompt(where, row, tokenizer, None).token_ids,
-                _encode_response(where, row, "response", tokenizer),
-            ),
-            max_tokens,
-        )
-        for where, row in _rows(path)
-    ]
+def _load_answered(
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, fields: Sequence[str]
+) -> list[list[Example]]:
+    """For every row, the prompt with the response of each field."""
+    rows = []
+    for where, row in read_rows(source):
+        prompt, responses = read_conversation(where, row, fields)
+        prompt_ids = _encode_prompt(where, prompt, tokenizer).token_ids
+        examples = [Example(prompt_ids, _encode_response(response, tokenizer)) for response in responses]
+        rows.append([_fit(where, example, max_tokens) for example in examples])
+    return rows
+
+
+def load_examples(
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
+) -> list[Example]:
+    """Demonstrations (a prompt and ``response``); longer ones lose the end of the response."""
+    examples = [example for (example,) in _load_answered(source, tokenizer, max_tokens, ["response"])]
     if not examples:
-        raise ValueError(f"{path}: no examples; expected one JSON object a line with prompt or messages, and response")
+        raise ValueError(f"{source}: no examples; expected rows with prompt or messages, and response")
     return examples
 
 
-def load_pairs(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None) -> list[Pair]:
-    """Preference pairs (``prompt`` or ``messages``, ``chosen``, ``rejected``), cut as examples are."""
-    pairs = []
-    for where, row in _rows(path):
-        prompt_ids = _encode_prompt(where, row, tokenizer, None).token_ids
-        chosen, rejected = (
-            _fit(where, Example(prompt_ids, _encode_response(where, row, field, tokenizer)), max_tokens)
-            for field in ("chosen", "rejected")
-        )
-        pairs.append(Pair(chosen, rejected))
+def load_pairs(source: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None) -> list[Pair]:
+    """Preference pairs (a prompt, ``chosen`` and ``rejected``), cut as examples are."""
+    pairs = [Pair(*both) for both in _load_answered(source, tokenizer, max_tokens, ["chosen", "rejected"])]
     if not pairs:
-        raise ValueError(
-            f"{path}: no pairs; expected one JSON object a line with prompt or messages, chosen and rejected"
-        )
+        raise ValueError(f"{source}: no pairs; expected rows with prompt or messages, chosen and rejected")
     return pairs
 
 
