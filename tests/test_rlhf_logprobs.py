@@ -186,6 +186,15 @@ def test_a_head_can_be_trained_on_frozen_hidden_states() -> None:
     torch.testing.assert_close(weight.grad, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_second_derivatives_are_refused_rather_than_wrong() -> None:
+    given = inputs()
+    hidden, weight = (tensor.clone().requires_grad_() for tensor in (given.hidden, given.weight))
+    total = token_statistics(hidden, Head(weight), given.tokens).logprobs.sum()
+    (gradient,) = torch.autograd.grad(total, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.square().sum().backward()
+
+
 def test_no_tokens_at_all() -> None:
     hidden = torch.zeros(0, WIDTH, requires_grad=True)
     weight = torch.ones(SIZE, WIDTH, requires_grad=True)
