@@ -380,11 +380,22 @@ def test_a_soup_of_weights_that_add_up_to_0_is_refused(checkpoints: dict[str, Pa
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["soup", "moving_average", "mixture", "weighted_kl"])
-def test_a_model_named_twice_is_refused(checkpoints: dict[str, Path], kind: str) -> None:
+@pytest.mark.parametrize("kind", ["mixture", "weighted_kl"])
+def test_a_model_named_twice_is_refused_where_models_stay_apart(checkpoints: dict[str, Path], kind: str) -> None:
     folder = str(checkpoints["first"])
     with pytest.raises(ValueError, match="names a model twice; give its weight once"):
         ReferenceSettings(kind, [folder, str(checkpoints["second"]), f"{folder}/../first"])
+    ReferenceSettings("soup", [folder, str(checkpoints["second"]), folder])  # an average in which it counts twice
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_average_whose_steps_would_round_to_nothing_is_refused(three: list[Path], dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"reference_dtype={str(dtype)[6:]}: the small steps of a moving average"):
+        load("moving_average", three[:1], dtype=dtype)
+    copy, policy = load("moving_average", three[:1], dtype=dtype, decay=0.0), load_causal_lm(three[1])
+    copy.after_update(policy, 1)
+    for name, tensor in weights_of(copy).items():
+        assert torch.equal(tensor, policy.state_dict()[name].to(dtype)), name
 
 
 @pytest.mark.parametrize("kind", ["soup", "moving_average"])
