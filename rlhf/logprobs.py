@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
@@ -234,6 +235,7 @@ class _TokenStatistics(torch.autograd.Function):
         return logprobs, entropies, divergences
 
     @staticmethod
+    @once_differentiable  # what is kept has no history, and a second derivative would lack terms
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         hidden, weight, bias, tokens, entropies, divergences = ctx.saved_tensors
         of_logprobs, of_entropy, of_kl = (gradient[:, None] for gradient in gradients)

@@ -234,6 +234,11 @@ class ReferenceSettings:
             raise ValueError(
                 f"reference_weights: {len(self.weights)} weights for {len(self.models)} references; give one for each"
             )
+        if self.kind == "moving_average" and self.decay > 0 and self.dtype != torch.float32:
+            raise ValueError(
+                f"reference_dtype={str(self.dtype).removeprefix('torch.')}: the small steps of a moving average round "
+                "to nothing there; use float32, or reference_decay=0"
+            )
         separate = self.kind in ("weighted_kl", "mixture")
         if separate and len(names_of(self.models)) < len(self.models):
             raise ValueError(f"reference: {list(self.models)} names a model twice; give its weight once")

@@ -1,15 +1,17 @@
-"""KL estimators against hand-worked categoricals and full enumeration; the coefficient's controllers by hand."""
+"""KL estimators against hand-worked categoricals and full enumeration, as values and as penalties."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from rlhf import kl
+from rlhf import kl, logprobs
 
 LN2 = math.log(2)
 # π = (1/2, 1/4, 1/4), ρ = (1/4, 1/4, 1/2), as one position each: [1, 1, 3]
@@ -107,29 +109,191 @@ def test_per_response_sums_over_the_mask_alone() -> None:
     assert kl.per_response(values, mask).tolist() == [3, 3]
 
 
-@pytest.mark.parametrize(
-    ("measured", "factor"),
-    [
-        (6.0, 1.0),  # on target
-        (6.6, 1.01),  # error 0.1, a tenth of the horizon
-        (5.4, 0.99),
-        (7.2, 1.02),  # the upper clip, reached exactly
-        (60.0, 1.02),
-        (4.8, 0.98),  # the lower clip, reached exactly
-        (0.0, 0.98),
-        (-3.0, 0.98),  # k1 can be negative
-    ],
-)
-def test_adaptive_coefficient_by_hand(measured: float, factor: float) -> None:
-    controller = kl.AdaptiveKL(coef=0.1, target=6.0, horizon=1000)
-    controller.update(measured, num_episodes=100)
-    assert controller.coef == pytest.approx(0.1 * factor, rel=1e-12)
+# ── As penalties ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# A policy of free logits, responses of two tokens out of four, everything enumerated: no sampling, no network.
+
+SIZE = 4
+SAMPLED = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}
 
 
-def test_adaptive_coefficient_accumulates_and_fixed_one_stays() -> None:
-    adaptive, fixed = kl.AdaptiveKL(coef=0.1, target=6.0, horizon=1000), kl.FixedKL(0.1)
-    for measured, episodes in ((60.0, 100), (0.0, 50), (6.6, 200)):
-        adaptive.update(measured, episodes)
-        fixed.update(measured, episodes)
-    assert adaptive.coef == pytest.approx(0.1 * 1.02 * 0.99 * 1.02)
-    assert fixed.coef == 0.1
+class Chain(NamedTuple):
+    """log-softmax of the first token [V], and of the second given the first [V, V]."""
+
+    first: Tensor
+    second: Tensor
+
+    def responses(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of all V² responses: log-probabilities and log-distributions of both tokens. [V²] and [V², V] each"""
+        y, z = torch.tensor(list(product(range(SIZE), repeat=2))).T
+        return self.first[y], self.second[y, z], self.first.expand(SIZE**2, -1), self.second[y]
+
+
+@pytest.fixture
+def theta() -> Tensor:
+    """All logits of the policy, in one vector. [V + V²]"""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(SIZE + SIZE**2, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def chain(logits: Tensor) -> Chain:
+    return Chain(logits[:SIZE].log_softmax(-1), logits[SIZE:].view(SIZE, SIZE).log_softmax(-1))
+
+
+REFERENCE = chain(torch.randn(SIZE + SIZE**2, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+
+
+def gradient(value: Tensor, theta: Tensor) -> Tensor:
+    return torch.autograd.grad(value, theta, retain_graph=True, allow_unused=True)[0]
+
+
+def kl_of(p: Tensor, q: Tensor) -> Tensor:
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def token_values(name: str, policy: Chain) -> tuple[Tensor, Tensor]:
+    """What an estimator says of both tokens of all responses. [V²] each"""
+    y, z, first, second = policy.responses()
+    ref_y, ref_z, ref_first, ref_second = REFERENCE.responses()
+    if name == "exact":
+        return kl.exact(first, ref_first), kl.exact(second, ref_second)
+    return SAMPLED[name](y, ref_y), SAMPLED[name](z, ref_z)
+
+
+def as_reward(name: str, theta: Tensor) -> Tensor:
+    """E_π[Σ_t ∇log π(y_t|s_t) Σ_{u ≥ t} value_u]: the policy gradient of the values as costs, held fixed."""
+    policy = chain(theta)
+    y, z, _, _ = policy.responses()
+    probability = (y + z).exp().detach()
+    at_y, at_z = (values.detach() for values in token_values(name, policy))
+    return gradient((probability * (y * (at_y + at_z) + z * at_z)).sum(), theta)
+
+
+def as_loss(name: str, theta: Tensor) -> Tensor:
+    """E_π[Σ_t ∇value_t], the tokens held fixed."""
+    policy = chain(theta)
+    y, z, _, _ = policy.responses()
+    return gradient(((y + z).exp().detach() * sum(token_values(name, policy))).sum(), theta)
+
+
+def here_and_later(theta: Tensor, divergence: Callable[[Tensor, Tensor], Tensor] = kl_of) -> tuple[Tensor, Tensor]:
+    """∇E_π[Σ_t KL_t] by its parts: through π(·|s_t) itself, and through how likely the later states are."""
+    policy = chain(theta)
+    weight = policy.first.exp()
+    at_first, at_second = divergence(policy.first, REFERENCE.first), divergence(policy.second, REFERENCE.second)
+    here = gradient(at_first + (weight.detach() * at_second).sum(), theta)
+    later = gradient((weight * at_second.detach()).sum(), theta)
+    return here, later
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_parts_make_up_the_gradient_of_the_kl_of_whole_responses(theta: Tensor) -> None:
+    y, z, _, _ = chain(theta).responses()
+    ref_y, ref_z, _, _ = REFERENCE.responses()
+    whole = gradient(((y + z).exp() * (y + z - ref_y - ref_z)).sum(), theta)
+    here, later = here_and_later(theta)
+    assert same(here + later, whole)
+    assert min(here.abs().max(), later.abs().max()) > 0.1  # neither is nothing
+
+
+def test_k1_in_the_reward_is_both_parts_and_in_the_loss_nothing(theta: Tensor) -> None:
+    here, later = here_and_later(theta)
+    assert same(as_reward("k1", theta), here + later)
+    assert same(as_loss("k1", theta), torch.zeros_like(theta))
+
+
+def test_k2_in_the_loss_is_the_part_through_the_policy(theta: Tensor) -> None:
+    here, _ = here_and_later(theta)
+    assert same(as_loss("k2", theta), here)
+
+
+def test_k2_in_the_reward_is_biased_and_lacks_the_part_through_the_policy(theta: Tensor) -> None:
+    """It is the gradient of E_π[Σ ½r²] less that of the KL at each state, which k2 in the loss would be."""
+    y, z, _, _ = chain(theta).responses()
+    ref_y, ref_z, _, _ = REFERENCE.responses()
+    of_its_value = gradient(((y + z).exp() * 0.5 * ((y - ref_y) ** 2 + (z - ref_z) ** 2)).sum(), theta)
+    here, later = here_and_later(theta)
+    assert same(as_reward("k2", theta), of_its_value - here)
+    assert (of_its_value - here - later).abs().max() > 0.1  # E k2 is not the KL
+
+
+def test_k3_in_the_loss_is_the_gradient_of_the_reverse_kl_at_every_state(theta: Tensor) -> None:
+    reverse, _ = here_and_later(theta, lambda p, q: kl_of(q, p))
+    here, _ = here_and_later(theta)
+    assert same(as_loss("k3", theta), reverse)
+    assert (reverse - here).abs().max() > 0.1
+
+
+def test_k3_in_the_reward_has_the_later_states_right_and_the_policys_own_part_wrong(theta: Tensor) -> None:
+    here, later = here_and_later(theta)
+    reverse, _ = here_and_later(theta, lambda p, q: kl_of(q, p))
+    assert same(as_reward("k3", theta), later + here - reverse)
+
+
+def test_exact_in_the_reward_is_the_later_states_and_in_the_loss_the_rest(theta: Tensor) -> None:
+    here, later = here_and_later(theta)
+    assert same(as_reward("exact", theta), later)
+    assert same(as_loss("exact", theta), here)
+    assert same(as_reward("exact", theta) + as_loss("exact", theta), as_reward("k1", theta))
+
+
+def test_exact_in_reward_and_loss_has_less_variance_than_k1_in_the_reward(theta: Tensor) -> None:
+    """Response by response, summed over the parameters: E‖g‖², where both have the same mean."""
+    policy = chain(theta)
+    y, z, _, _ = policy.responses()
+    probability = (y + z).exp().detach()
+    second_moment = {}
+    for name in ("k1", "exact"):
+        at_y, at_z = token_values(name, policy)
+        costs = y * (at_y + at_z).detach() + z * at_z.detach()
+        if name == "exact":
+            costs = costs + at_y + at_z
+        norms = torch.stack([gradient(cost, theta).square().sum() for cost in costs])
+        second_moment[name] = float((probability * norms).sum())
+    assert second_moment["exact"] < second_moment["k1"]
+
+
+# ── Comparisons ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Given(NamedTuple):
+    """Distributions that are simply there, and handed out as copies."""
+
+    log_distributions: Tensor
+
+    def rows(self, rows: slice) -> Tensor:
+        return self.log_distributions[rows].clone()
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
+def test_comparisons_against_a_loop(monkeypatch: pytest.MonkeyPatch, rows_at_once: int) -> None:
+    num, size = 7, 5
+    monkeypatch.setattr(logprobs, "MIN_ROWS", 1)
+    monkeypatch.setitem(logprobs.CHUNK, "cpu", rows_at_once * size)
+    p, *others = (random_log_distributions(num, size, seed=seed) for seed in range(3))
+    tokens = torch.tensor([0, 4, 2, 2, 1, 3, 0])
+    given = dict(zip(("near", "far"), map(Given, others), strict=True))
+    compared = kl.compare(Given(p), given, tokens, size)
+    for n, token in enumerate(tokens.tolist()):
+        mine = p[n].exp().tolist()
+        assert compared.logprobs[n].item() == pytest.approx(math.log(mine[token]))
+        assert compared.entropy[n].item() == pytest.approx(-sum(x * math.log(x) for x in mine))
+        for name, log_q in zip(given, others, strict=True):
+            theirs = log_q[n].exp().tolist()
+            assert compared.other_logprobs[name][n].item() == pytest.approx(math.log(theirs[token]))
+            expected = sum(x * math.log(x / q) for x, q in zip(mine, theirs, strict=True))
+            assert compared.kl[name][n].item() == pytest.approx(expected)
+    assert compared.logprobs.shape == compared.kl["far"].shape == (num,)
+
+
+def test_comparisons_go_through_flat_names_and_back() -> None:
+    p, q = (random_log_distributions(2, 5, seed=seed) for seed in range(2))
+    compared = kl.compare(Given(p), {"a/b": Given(q)}, torch.tensor([1, 2]), 5)
+    tensors = compared.tensors()
+    assert sorted(tensors) == ["entropy", "kl/a/b", "logprobs", "logprobs/a/b"]
+    assert tensors["kl/a/b"] is compared.kl["a/b"]
+    assert kl.Comparison.of(tensors, ["a/b"]) == compared
+    alone = kl.compare(Given(p), {}, torch.tensor([1, 2]), 5)
+    assert (alone.kl, alone.other_logprobs) == ({}, {})

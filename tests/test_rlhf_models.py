@@ -1,30 +1,29 @@
-"""Reading distributions, values and scores off models: padding changes nothing, and rows equal unpadded forwards."""
+"""Reading log-probabilities, values and scores off models: padding changes nothing; what is loaded, and refused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import BOS, EOS, PAD, WORDS, llama_config, make_tokenizer, pad_more, random_examples
+from helpers import BOS, CONTEXT, EOS, PAD, llama_config, make_tokenizer, pad_more, random_examples
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from rlhf.checkpointing import save_model
 from rlhf.data import TokenBatch, batch_examples
 from rlhf.models import (
     ScalarHeadModel,
     causal_lm_with,
-    gather_logprobs,
+    context_length,
+    head_values,
     load_causal_lm,
     load_scalar_head_model,
     load_tokenizer,
-    position_ids,
     require_same_tokenizer,
-    response_log_distributions,
-    response_values,
 )
+from rlhf.policy import Policy, ValueModel
 from rlhf.rewards import last_token_scores
 
 EXAMPLES = random_examples(seed=0)
@@ -33,7 +32,12 @@ ARCHITECTURES = pytest.mark.parametrize("name", ["first", "gpt2"])  # rotary pos
 
 def logprobs_of(model: nn.Module, batch: TokenBatch) -> Tensor:
     """Log-probabilities [B, T] of the response tokens at a temperature that is not 1."""
-    return gather_logprobs(response_log_distributions(model, batch, temperature=0.7), batch.response_tokens)
+    return Policy(model)(batch, temperature=0.7).logprobs  # type: ignore[arg-type]
+
+
+def response_values(model: ScalarHeadModel, batch: TokenBatch) -> Tensor:
+    """Values [B, T] of the states that predict the response tokens."""
+    return ValueModel(model)(batch)
 
 
 def scores_of(model: ScalarHeadModel, batch: TokenBatch) -> Tensor:
@@ -44,37 +48,6 @@ def scores_of(model: ScalarHeadModel, batch: TokenBatch) -> Tensor:
 def load(folder: Path, scalar: bool) -> nn.Module:
     torch.manual_seed(0)  # draws the head that a language model's folder lacks
     return load_scalar_head_model(folder) if scalar else load_causal_lm(folder)
-
-
-def unpadded(name: Path) -> Iterator[tuple[list[int], int, Tensor]]:
-    """Each example alone, in transformers' own words: ids, prompt length, logits [S, V]."""
-    model = AutoModelForCausalLM.from_pretrained(name).eval()
-    for example in EXAMPLES:
-        with torch.no_grad():
-            yield example.token_ids, len(example.prompt_ids), model(torch.tensor([example.token_ids])).logits[0]
-
-
-def test_position_ids_by_hand() -> None:
-    mask = torch.tensor([[False, False, True, True, False], [True, True, True, True, True]])
-    assert position_ids(mask).tolist() == [[0, 0, 0, 1, 1], [0, 1, 2, 3, 4]]
-
-
-@ARCHITECTURES
-@pytest.mark.parametrize("pad_token_id", [PAD, EOS])
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_distributions_equal_those_of_each_row_alone(
-    checkpoints: dict[str, Path], name: str, pad_token_id: int, temperature: float
-) -> None:
-    batch = batch_examples(EXAMPLES, pad_token_id)
-    log_distributions = response_log_distributions(load_causal_lm(checkpoints[name]), batch, temperature)
-    assert log_distributions.shape == (*batch.response_mask.shape, len(WORDS))
-    logprobs = gather_logprobs(log_distributions, batch.response_tokens)
-    for i, (ids, num_prompt, logits) in enumerate(unpadded(checkpoints[name])):
-        num_response = len(ids) - num_prompt
-        expected = (logits[num_prompt - 1 : -1] / temperature).log_softmax(-1)
-        torch.testing.assert_close(log_distributions[i, :num_response], expected, atol=1e-5, rtol=1e-5)
-        for t, token in enumerate(ids[num_prompt:]):
-            assert logprobs[i, t].item() == pytest.approx(expected[t, token].item(), abs=1e-5)
 
 
 @ARCHITECTURES
@@ -144,11 +117,17 @@ def test_training_mode_computes_what_evaluation_mode_does(
     torch.testing.assert_close(read(model.train(), batch), before, rtol=0, atol=0)  # type: ignore[arg-type]
 
 
-def test_bfloat16_models_still_give_float32_distributions(checkpoints: dict[str, Path]) -> None:
-    model = load_causal_lm(checkpoints["first"], dtype=torch.bfloat16)
-    log_distributions = response_log_distributions(model, batch_examples(EXAMPLES, PAD))
-    assert log_distributions.dtype == torch.float32
-    torch.testing.assert_close(log_distributions.exp().sum(-1), torch.ones(log_distributions.shape[:2]))
+def test_head_values_by_hand() -> None:
+    head = nn.Linear(2, 1, bias=False).bfloat16()
+    head.weight.data = torch.tensor([[2.0, -1.0]]).bfloat16()
+    mask = torch.tensor([[True, False], [True, True]])
+    values = head_values(head, torch.tensor([[1.0, 0.0], [0.0, 3.0], [1.0, 1.0]]), mask)
+    assert values.dtype == torch.float32
+    assert values.tolist() == [[2, 0], [-3, 1]]
+
+
+def test_context_length_is_the_configs(checkpoints: dict[str, Path]) -> None:
+    assert [context_length(checkpoints[name]) for name in ("first", "gpt2")] == [CONTEXT, CONTEXT]
 
 
 def test_head_starts_at_zero_on_request_or_with_the_standard_deviation_stated(checkpoints: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""Sampling: the inverse CDF by hand, captured log-probabilities, batch sizes, ends of responses."""
+"""Rollouts: captured log-probabilities and hidden states, batch sizes, ends of responses, both engines."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data import Prompt
-from rlhf.models import gather_logprobs, load_causal_lm, load_tokenizer, response_log_distributions
-from rlhf.rollout import Rollout, sample, sample_tokens
+from rlhf.logprobs import gather_logprobs, head_of, model_distributions
+from rlhf.models import load_causal_lm, load_tokenizer
+from rlhf.policy import checkpoint_activations
+from rlhf.rollout import ENGINES, Rollout, sample, used_columns
 
 TEXTS = ["a b c", "d", "e f g h i", "j k", "", "l m n a b c d"]
 PROMPTS = [Prompt(text, [BOS, *(WORDS.index(word) for word in text.split())]) for text in TEXTS] * 4
 MAX_NEW_TOKENS = 8
-JUST_BELOW_ONE = 1 - 2**-24  # the largest float32 that torch.rand can return
 
 
 @pytest.fixture(scope="module", params=["first", "gpt2"])
@@ -45,51 +46,6 @@ def unpadded_responses(rollout: Rollout) -> Iterator[list[int]]:
         yield tokens[mask].tolist()
 
 
-@pytest.mark.parametrize(
-    ("uniform", "token"),
-    [
-        # cumulative probabilities: 0, ¼, ¼, ¾, 1, 1
-        (0.0, 1),
-        (0.1, 1),
-        (0.2499, 1),
-        (0.25, 3),  # a token's interval holds its lower end, not its upper
-        (0.5, 3),
-        (0.7499, 3),
-        (0.75, 4),
-        (0.99, 4),
-        (JUST_BELOW_ONE, 4),
-    ],
-)
-def test_inverse_cdf_by_hand(uniform: float, token: int) -> None:
-    log_distributions = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]]).log()
-    assert sample_tokens(log_distributions, torch.tensor([uniform])).tolist() == [token]
-
-
-def test_each_row_uses_its_own_distribution_and_uniform() -> None:
-    log_distributions = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]]).log()
-    assert sample_tokens(log_distributions, torch.tensor([0.6, 0.4, 0.0])).tolist() == [1, 1, 2]
-
-
-def test_impossible_tokens_are_never_drawn_whatever_the_rounding() -> None:
-    """Zero probabilities at both ends and in between, cumulative sums that do not end at exactly 1."""
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(200, 1000, generator=generator)
-    impossible = torch.rand(200, 1000, generator=generator) < 0.5
-    impossible[:, [0, -1]] = True
-    log_distributions = logits.masked_fill(impossible, -torch.inf).log_softmax(-1)
-    for uniforms in (torch.zeros(200), torch.full((200,), JUST_BELOW_ONE), torch.rand(200, generator=generator)):
-        tokens = sample_tokens(log_distributions, uniforms)
-        assert not impossible.gather(1, tokens[:, None]).any()
-
-
-def test_frequencies_are_the_probabilities() -> None:
-    probabilities = torch.tensor([0.05, 0.3, 0.15, 0.5])
-    num_draws = 20_000
-    uniforms = torch.rand(num_draws, generator=torch.Generator().manual_seed(0))
-    counts = sample_tokens(probabilities.log().expand(num_draws, -1), uniforms).bincount(minlength=4)
-    assert chisquare(counts, num_draws * probabilities.double() / probabilities.double().sum()).pvalue > 0.001
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_first_tokens_follow_the_model_at_the_temperature(checkpoints: dict[str, Path], temperature: float) -> None:
     model, tokenizer = load_causal_lm(checkpoints["first"]), load_tokenizer(checkpoints["first"])
@@ -106,21 +62,84 @@ def test_first_tokens_follow_the_model_at_the_temperature(checkpoints: dict[str,
     assert chisquare(counts[expected > 0], expected[expected > 0]).pvalue > 0.001
 
 
+def logprobs_alone(model: PreTrainedModel, rollout: Rollout, temperature: float) -> Iterator[Tensor]:
+    """log softmax(logits / temperature) at each response's positions, by an unpadded forward of each row. [t, V]"""
+    for prompt, response in zip(PROMPTS, unpadded_responses(rollout), strict=True):
+        logits = model(torch.tensor([prompt.token_ids + response])).logits[0, len(prompt.token_ids) - 1 : -1]
+        yield (logits / temperature).log_softmax(-1).detach()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_captured_logprobs_equal_a_fresh_forward(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float, engine: str
 ) -> None:
-    rollout = draw(model, tokenizer, temperature=temperature)
-    mask = rollout.response_mask
-    fresh = gather_logprobs(response_log_distributions(model, rollout, temperature), rollout.response_tokens)
-    torch.testing.assert_close(rollout.logprobs[mask], fresh[mask], atol=1e-5, rtol=0)
+    """Also of the framework's engine: what it says of its own samples is what a scoring forward says."""
+    rollout = draw(model, tokenizer, temperature=temperature, engine=engine, keep_hidden=True)
+    mask, tokens = rollout.response_mask, rollout.response_tokens
+    fresh = gather_logprobs(model_distributions(model, rollout, temperature).rows(slice(None)), tokens[mask])
+    torch.testing.assert_close(rollout.logprobs[mask], fresh, atol=1e-5, rtol=0)
     assert rollout.logprobs[~mask].abs().sum() == 0
 
-    # and an unpadded forward of each row, without masks or positions
-    for i, (prompt, response) in enumerate(zip(PROMPTS, unpadded_responses(rollout), strict=True)):
-        logits = model(torch.tensor([prompt.token_ids + response])).logits[0, len(prompt.token_ids) - 1 : -1]
-        expected = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
+    alone = logprobs_alone(model, rollout, temperature)
+    for i, (response, log_p) in enumerate(zip(unpadded_responses(rollout), alone, strict=True)):
+        expected = log_p.gather(1, torch.tensor(response)[:, None]).squeeze(1)
         torch.testing.assert_close(rollout.logprobs[i, : len(response)], expected, atol=1e-5, rtol=0)
+
+    # and the hidden states that were kept say the same
+    assert rollout.hidden is not None
+    assert rollout.hidden.shape[:2] == mask.shape
+    kept = head_of(model, temperature).logits(rollout.hidden[mask]).log_softmax(-1)
+    torch.testing.assert_close(gather_logprobs(kept, tokens[mask]), fresh, atol=1e-5, rtol=0)
+    assert draw(model, tokenizer, engine=engine).hidden is None
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_cuts_are_in_the_logprobs(checkpoints: dict[str, Path], engine: str) -> None:
+    """Of the tokens that make up 0.8 of the four likeliest."""
+    model, tokenizer = load_causal_lm(checkpoints["first"]), load_tokenizer(checkpoints["first"])
+    rollout = draw(model, tokenizer, temperature=1.3, top_k=4, top_p=0.8, engine=engine)
+    alone = logprobs_alone(model, rollout, 1.3)
+    for i, (response, log_p) in enumerate(zip(unpadded_responses(rollout), alone, strict=True)):
+        for t, token in enumerate(response):
+            p, order = log_p[t].exp().sort(descending=True)
+            p = p[:4] / p[:4].sum()
+            num = next(n for n in range(1, 5) if p[:n].sum() >= 0.8)
+            expected = p[order[:num].tolist().index(token)] / p[:num].sum()
+            assert rollout.logprobs[i, t].item() == pytest.approx(expected.log().item(), abs=1e-4)
+
+
+def test_the_engines_agree_where_nothing_is_random(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    ours, theirs = (draw(model, tokenizer, temperature=0.0, engine=engine, batch_size=10) for engine in ENGINES)
+    assert torch.equal(ours.tokens, theirs.tokens)
+    assert torch.equal(ours.response_mask, theirs.response_mask)
+    torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-5, rtol=0)
+
+
+def test_the_frameworks_engine_draws_from_the_generator_alone(checkpoints: dict[str, Path]) -> None:
+    model, tokenizer = load_causal_lm(checkpoints["first"]), load_tokenizer(checkpoints["first"])
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    once, again, other = (draw(model, tokenizer, engine="generate", seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(once.tokens, again.tokens)
+    assert once.responses != other.responses
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_that_recomputes_its_activations_samples_the_same(
+    checkpoints: dict[str, Path], model: PreTrainedModel, engine: str
+) -> None:
+    """transformers gives up the cache in training mode with checkpointing, and with it the beginning of every row."""
+    tokenizer, folder = load_tokenizer(checkpoints["first"]), model.config._name_or_path
+    expected = draw(model, tokenizer, engine=engine)
+    checkpointed = load_causal_lm(folder)
+    checkpoint_activations(checkpointed)
+    rollout = draw(checkpointed, tokenizer, engine=engine)
+    assert torch.equal(rollout.tokens, expected.tokens)
+    torch.testing.assert_close(rollout.logprobs, expected.logprobs, atol=1e-6, rtol=0)
+    assert all(module.training for module in checkpointed.modules())
+    assert not model.training
 
 
 def test_layout_and_ends_of_responses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -197,37 +216,69 @@ def test_cold_sampling_is_transformers_greedy_decoding(
 def test_responses_that_all_end_early_are_cut_to_the_longest(checkpoints: dict[str, Path]) -> None:
     model, tokenizer = load_causal_lm(checkpoints["first"]), load_tokenizer(checkpoints["first"])
 
-    class EndsAtOnce(torch.nn.Module):
-        """The model, with everything but the end-of-sequence token made impossible."""
-
-        device = model.device
-
-        def forward(self, **inputs: Any) -> Any:
-            output = model(**inputs)
-            impossible = torch.arange(len(WORDS)) != EOS
-            output.logits = output.logits.masked_fill(impossible, -torch.inf)
-            return output
-
-    rollout = draw(EndsAtOnce(), tokenizer)  # type: ignore[arg-type]
-    assert rollout.response_tokens.tolist() == [[EOS]] * len(PROMPTS)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()  # all logits 0, and the first of equals wins
+        model.model.embed_tokens.weight.zero_()
+    rollout = draw(model, tokenizer, temperature=0.0)
+    assert rollout.response_tokens.tolist() == [[PAD] * MAX_NEW_TOKENS] * len(PROMPTS)
+    tokenizer.eos_token = WORDS[PAD]
+    rollout = draw(model, tokenizer, temperature=0.0, keep_hidden=True)
+    assert rollout.response_tokens.tolist() == [[PAD]] * len(PROMPTS)
     assert rollout.finished.all()
     assert rollout.responses == [""] * len(PROMPTS)
+    assert rollout.hidden is not None
+    assert rollout.hidden.shape[1] == 1
 
 
-def rows_of(rollout: Rollout) -> list[Tensor]:
-    return [rollout.tokens, rollout.attention_mask, rollout.response_mask, rollout.logprobs, rollout.finished]
+def columns_by_hand(rollout: Rollout, row: int) -> tuple[list[int], list[int], list[float], bool, str, str]:
+    """Everything of one row, without its padding."""
+    num_prompt = rollout.num_prompt_tokens
+    prompt = rollout.tokens[row, :num_prompt][rollout.attention_mask[row, :num_prompt]].tolist()
+    mask = rollout.response_mask[row]
+    response, logprobs = rollout.response_tokens[row][mask].tolist(), rollout.logprobs[row][mask].tolist()
+    return prompt, response, logprobs, bool(rollout.finished[row]), rollout.prompts[row], rollout.responses[row]
 
 
-def test_rows_and_splits(checkpoints: dict[str, Path]) -> None:
+def test_rows_are_cut_to_the_widths_they_need(checkpoints: dict[str, Path]) -> None:
+    model, tokenizer = load_causal_lm(checkpoints["first"]), load_tokenizer(checkpoints["first"])
+    rollout = draw(model, tokenizer, keep_hidden=True)
+    for indices in ([3, 0, 3], [1, 7], [4], list(range(len(PROMPTS)))):
+        chosen = rollout.rows(torch.tensor(indices))
+        assert [columns_by_hand(chosen, i) for i in range(len(chosen))] == [
+            columns_by_hand(rollout, i) for i in indices
+        ]
+        assert chosen.num_prompt_tokens == max(len(PROMPTS[i].token_ids) for i in indices)
+        assert chosen.response_mask.shape[1] == max(int(rollout.response_lengths[i]) for i in indices)
+        assert torch.equal(chosen.attention_mask[:, chosen.num_prompt_tokens :], chosen.response_mask)
+        assert chosen.hidden is not None
+        assert rollout.hidden is not None
+        assert chosen.hidden.shape[:2] == chosen.logprobs.shape
+        hidden = torch.cat([rollout.hidden[i][rollout.response_mask[i]] for i in indices])
+        assert torch.equal(chosen.hidden[chosen.response_mask], hidden)
+
+
+def test_splits_are_consecutive_rows(checkpoints: dict[str, Path]) -> None:
     rollout = draw(load_causal_lm(checkpoints["first"]), load_tokenizer(checkpoints["first"]))
-    chosen = rollout.rows(torch.tensor([3, 0, 3]))
-    for selected, whole in zip(rows_of(chosen), rows_of(rollout), strict=True):
-        assert torch.equal(selected, whole[[3, 0, 3]])
-    assert chosen.prompts == [rollout.prompts[i] for i in (3, 0, 3)]
-    assert chosen.responses == [rollout.responses[i] for i in (3, 0, 3)]
     parts = list(rollout.split(7))
     assert [len(part) for part in parts] == [7, 7, 7, 3]
-    for joined, whole in zip(zip(*map(rows_of, parts), strict=True), rows_of(rollout), strict=True):
-        assert torch.equal(torch.cat(joined), whole)
-    assert [text for part in parts for text in part.responses] == rollout.responses
-    assert len(list(rollout.split(None))) == 1
+    rows = [columns_by_hand(part, i) for part in parts for i in range(len(part))]
+    assert rows == [columns_by_hand(rollout, i) for i in range(len(rollout))]
+    assert [len(part) for part in rollout.split(None)] == [len(rollout)]
+
+
+def test_used_columns_by_hand() -> None:
+    response_mask = torch.tensor([[True, True, False, False], [True, False, False, False]])
+    prompt_mask = torch.tensor([[False, False, True], [False, True, True]])
+    attention_mask = torch.cat([prompt_mask, response_mask], dim=1)
+    assert used_columns(attention_mask, response_mask) == (slice(1, 3), slice(0, 2))
+
+
+@pytest.mark.parametrize("share", [slice(0, 5), slice(5, 9), slice(20, 24)])
+def test_a_share_of_the_prompts_gets_the_responses_of_the_whole(checkpoints: dict[str, Path], share: slice) -> None:
+    """So that several processes sample together what one would alone."""
+    model, tokenizer = load_causal_lm(checkpoints["first"]), load_tokenizer(checkpoints["first"])
+    whole, part = draw(model, tokenizer), draw(model, tokenizer, share=share)
+    expected = [columns_by_hand(whole, i) for i in range(len(whole))][share]
+    for found, row in zip((columns_by_hand(part, i) for i in range(len(part))), expected, strict=True):
+        assert found[2] == pytest.approx(row[2], abs=1e-5)
+        assert (*found[:2], *found[3:]) == (*row[:2], *row[3:])
