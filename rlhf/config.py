@@ -47,6 +47,12 @@ class PPOConfig:
         [], "The rewards to optimise: reward-model folders or module:function; several are added up with their weights."
     )
     reward_weights: list[float] = setting([], "Weights of the rewards. Default: 1 each.")
+    normalize_rewards: int = setting(
+        0,
+        "Responses of the reference over which each reward is brought to mean 0 and standard deviation 1 before "
+        "training; 0: rewards are taken as they are.",
+    )
+    reward_clip: float | None = setting(None, "Each reward, once normalised, counts as at most so much, either way.")
     gold_reward: str | None = setting(
         None, "A reward that is reported and never optimised: a folder or module:function."
     )
@@ -105,6 +111,8 @@ class PPOConfig:
     clip_range_value: float = setting(0.2, "How far a value may move from the sampled one before its gradient is cut.")
     entropy_coef: float = setting(0.0, "Weight of an entropy bonus in the loss.")
     missing_eos_penalty: float = setting(1.0, "Subtracted from the score of a response that did not end.")
+    length_penalty: float = setting(0.0, "Subtracted from the score for every token beyond length_penalty_after.")
+    length_penalty_after: int = setting(0, "Tokens, end of sequence included, that cost nothing.")
     whiten_rewards: bool = setting(False, "Scale token rewards to variance 1, keeping their mean.")
     whiten_advantages: bool = setting(True, "Scale advantages to mean 0 and variance 1.")
     value_model: str = setting("separate", "separate: a network of its own; shared: a head on the policy's trunk.")
@@ -175,15 +183,17 @@ class PPOConfig:
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: must be greater than 0 and finite")
-        for name in ("kl_target", "early_stop_kl"):
+        for name in ("kl_target", "early_stop_kl", "reward_clip"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: must be greater than 0 and finite, in nats")
+                raise ValueError(f"{name}={getattr(self, name)}: must be greater than 0 and finite")
         for name in ("batch_size", "eval_episodes"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 2, for a standard error")
+        if self.normalize_rewards < 0 or self.normalize_rewards == 1:
+            raise ValueError(f"normalize_rewards={self.normalize_rewards}: must be 0 (off) or at least 2 responses")
         non_negative = (
-            "kl_coef", "missing_eos_penalty", "warmup_updates", "num_samples", "save_every", "seed", "top_k",
-            "entropy_coef",
+            "kl_coef", "missing_eos_penalty", "length_penalty", "length_penalty_after", "warmup_updates",
+            "num_samples", "save_every", "seed", "top_k", "entropy_coef",
         )  # fmt: skip
         for name in non_negative:
             if not 0 <= getattr(self, name) < math.inf:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 
-class DivergedError(RuntimeError):
+class DivergedError(ValueError):
     """Training has run away; the message says how, and what to try."""
 
 

@@ -41,8 +41,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from rlhf import kl
+from rlhf import kl, scoring
 from rlhf.command_line import parse_config, read_settings, run_command
 from rlhf.config import PPOConfig
 from rlhf.data import Prompt, by_length
@@ -55,10 +56,11 @@ from rlhf.metrics import Estimate, explained_variance, mean_estimate, peak_memor
 from rlhf.models import require_checkpoint
 from rlhf.policy import PolicyOutput, mixed_precision
 from rlhf.randomness import generator, shuffled_batch
-from rlhf.reference import folders_in, load_model_reference
+from rlhf.reference import ModelReference, folders_in, load_model_reference
 from rlhf.rewards import RewardError
 from rlhf.rollout import Rollout, sample
 from rlhf.run_folder import Progress, RunFolder
+from rlhf.scoring import Scores, Standardisation, combine, fit_standardisation, penalties
 from rlhf.setup import Run, reference_settings, set_up
 from rlhf.summary import summarise, summary_table
 
@@ -126,7 +128,6 @@ def learning_rate_factor(update: int, config: PPOConfig) -> float:
 
 # ── One update ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-Scores = dict[str, Tensor]  # by reward, one per response: [B]
 SAMPLED_ESTIMATORS = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}
 SHOWN = {"reward": "proxy_reward", "kl": "kl/reference"}  # beside the progress bar
 
@@ -163,8 +164,16 @@ class Experience:
         )
 
 
-def roll_out(run: Run, prompts: list[Prompt], purpose: str, index: int = 0, progress: str | None = None) -> Rollout:
-    """One response of the policy to each prompt; the random numbers depend on seed, purpose and index alone.
+def roll_out(
+    run: Run,
+    prompts: list[Prompt],
+    purpose: str,
+    index: int = 0,
+    *,
+    progress: str | None = None,
+    model: PreTrainedModel | None = None,
+) -> Rollout:
+    """One response of the policy (or ``model``) to each prompt; random numbers depend on seed, purpose, index alone.
 
     Of several processes, each answers its share of the prompts.
     """
@@ -172,7 +181,7 @@ def roll_out(run: Run, prompts: list[Prompt], purpose: str, index: int = 0, prog
     keep = config.old_logprobs == "sampled" or (config.old_logprobs == "auto" and config.precision == "float32")
     with mixed_precision(run.device, config.precision):
         return sample(
-            run.model,
+            model or run.model,
             run.tokenizer,
             prompts,
             max_new_tokens=config.max_new_tokens,
@@ -189,8 +198,14 @@ def roll_out(run: Run, prompts: list[Prompt], purpose: str, index: int = 0, prog
 
 
 def score(run: Run, rollout: Rollout) -> Scores:
-    """What every reward says of a rollout."""
-    return {name: reward(rollout) for name, reward in run.rewards.items()}
+    """What is optimised, what it is made of where that is several rewards, and the gold reward. → [B] each"""
+    rewards = scoring.score(run.rewards, rollout)
+    scores = {"proxy_reward": combine(rewards, run.reward_weights, run.standardisation, run.config.reward_clip)}
+    if len(rewards) > 1:
+        scores |= {f"reward/{name}": values for name, values in rewards.items()}
+    if run.gold_reward is not None:
+        scores["gold_reward"] = run.gold_reward(rollout)
+    return scores
 
 
 @torch.no_grad()
@@ -208,7 +223,14 @@ def collect(run: Run, rollout: Rollout, scores: Scores) -> tuple[Experience, dic
     scores = {name: tensors[f"score/{name}"] for name in scores}
     compared, values, mask = Comparison.of(tensors, sources), tensors["values"], rollout.response_mask
 
-    penalised = scores["proxy_reward"] - config.missing_eos_penalty * (~rollout.finished).float()
+    costs = penalties(
+        rollout.finished,
+        rollout.response_lengths,
+        missing_eos_penalty=config.missing_eos_penalty,
+        length_penalty=config.length_penalty,
+        length_penalty_after=config.length_penalty_after,
+    )
+    penalised = scores["proxy_reward"] - sum(costs.values())
     penalty = token_penalty(run, compared, config.kl_estimator)
     in_reward = penalty if config.kl_in != "loss" else torch.zeros_like(penalty)
     rewards = token_rewards(penalised, in_reward, mask, run.kl_controller.coef)
@@ -223,6 +245,7 @@ def collect(run: Run, rollout: Rollout, scores: Scores) -> tuple[Experience, dic
     metrics: dict[str, float] = {}
     for name, estimate in estimates.items():
         metrics |= {name: estimate.mean, f"{name}_stderr": estimate.stderr}
+    metrics |= {f"penalty/{name}": float(cost.mean()) for name, cost in costs.items()}
     metrics |= {
         "kl_coef": run.kl_controller.coef,
         "objective": float((penalised - run.kl_controller.coef * kl.per_response(penalty, mask)).mean()),
@@ -433,6 +456,26 @@ def evaluate_policy(run: Run, when: str) -> tuple[Evaluation, Rollout, Scores]:
     return evaluation_of(rollout, scores, compared.entropy, divergences), rollout, scores
 
 
+def standardise(run: Run) -> Standardisation:
+    """Mean and deviation of each reward over responses to training prompts (Ziegler et al. 2019, §2.2).
+
+    They are the reference's where that is one model, and else the policy's before training.
+    """
+    config = run.config
+    sources = [source for _, source in run.reference.sources.values()]
+    single = sources[0] if len(sources) == 1 and isinstance(sources[0], ModelReference) else None
+    indices = shuffled_batch(len(run.prompts), config.normalize_rewards, 0, config.seed).tolist()
+    with run.reference.loaded():
+        rollout = roll_out(
+            run,
+            [run.prompts[i] for i in indices],
+            "normalise rewards",
+            progress="normalise rewards",
+            model=single.model if single else run.model,
+        )
+    return fit_standardisation(gather_rollouts(run.processes, rollout, scoring.score(run.rewards, rollout))[1])
+
+
 @contextmanager
 def noticing_sigterm() -> Iterator[list[int]]:
     """A list that holds SIGTERM once it has come, instead of the process ending at once."""
@@ -455,6 +498,8 @@ def train(config: PPOConfig) -> dict[str, Any]:
     run = set_up(config, processes)
     progress = folder.resume(run) if config.resume else None
     if progress is None:
+        if config.normalize_rewards:
+            run.standardisation = standardise(run)
         score(run, roll_out(run, run.test_prompts[: 2 * processes.number], "probe"))  # a broken reward shows now
         before, rollout, scores = evaluate_policy(run, "before")
         folder.create(config, reference_settings(config).describe)

@@ -48,6 +48,8 @@ class RunFolder:
         """
         self.path = Path(config.output or time.strftime("runs/%Y%m%d-%H%M%S"))
         self.writes = writes
+        self.board_class = summary_writer() if config.tensorboard and writes else None
+        self.board: Any = None
         if not config.resume:
             if writes:
                 require_new(self.path)
@@ -65,10 +67,15 @@ class RunFolder:
         write_json(self.path / "reference" / "soup.json", describe_reference())
         for name in LOGS:
             (self.path / name).write_text("", encoding="utf-8")
+        self._open_board(first=1)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Add an update to ``metrics.jsonl``; no timings, so that two runs can be compared byte for byte."""
         self._append("metrics.jsonl", metrics)
+        if self.board is not None:
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, metrics["update"])
+            self.board.flush()
 
     def log_timing(self, update: int, **seconds: float) -> None:
         """Add the seconds that the phases of an update took to ``timings.jsonl``."""
@@ -110,6 +117,7 @@ class RunFolder:
         for name in LOGS if self.writes else ():
             kept = [row for row in read_json_lines(self.path / name) if row["update"] <= progress.update]
             write_json_lines(self.path / name, kept)
+        self._open_board(first=progress.update + 1)
         return progress
 
     def finish(self, run: Run, summary: Mapping[str, Any]) -> None:
@@ -123,12 +131,26 @@ class RunFolder:
         draw_run(self.path)
         write_json(self.path / "summary.json", summary)
 
+    def _open_board(self, first: int) -> None:
+        """Write to TensorBoard from update ``first`` on; what an earlier process wrote of later ones is hidden."""
+        if self.board_class is not None:
+            self.board = self.board_class(self.path / "tensorboard", purge_step=first)
+
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         if self.writes:
             append_json_line(self.path / name, row)
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoints").glob("update-*"))
+
+
+def summary_writer() -> Any:
+    """TensorBoard's writer class; ValueError where it is not installed."""
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard: not installed; pip install tensorboard, or leave the setting out") from None
+    return SummaryWriter
 
 
 def require_same_settings(path: Path, config: PPOConfig) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from rlhf.models import (
 from rlhf.policy import Policy, ValueModel, checkpoint_activations
 from rlhf.randomness import generator
 from rlhf.reference import ModelReference, Reference, ReferenceSettings, folders_in, load_model_reference, names_of
-from rlhf.rewards import Reward, load_reward
+from rlhf.rewards import Reward, load_reward, name_rewards
+from rlhf.scoring import Standardisation, weigh
 
 
 @dataclass
@@ -51,6 +53,9 @@ class Run:
     names: dict[str, str]  # short name → folder or recipe, of every model that the KL is reported to
     tracked: dict[str, ModelReference]  # those of them that it is measured to at every update
     rewards: dict[str, Reward]
+    reward_weights: dict[str, float]
+    gold_reward: Reward | None
+    standardisation: Standardisation | None  # of the rewards, once it is fitted
     prompts: list[Prompt]
     test_prompts: list[Prompt]
     kl_controller: kl_control.FixedKL
@@ -75,6 +80,7 @@ class Run:
             "kl_controller": self.kl_controller.state(),
             "reference": self.reference.state(),
             "skipped_in_a_row": self.guard.in_a_row,
+            "standardisation": None if self.standardisation is None else asdict(self.standardisation),
         }
 
     def restore(self, policy: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -88,6 +94,8 @@ class Run:
         self.kl_controller.restore(state["kl_controller"])
         self.reference.restore(state["reference"])
         self.guard.in_a_row = state["skipped_in_a_row"]
+        if state["standardisation"] is not None:
+            self.standardisation = Standardisation(**state["standardisation"])
 
     def distribute(self) -> None:
         """Hand what is trained to accelerate, where there are several processes."""
@@ -127,11 +135,11 @@ def set_up(config: PPOConfig, processes: Processes | None = None) -> Run:
     prompts, test_prompts = load_all_prompts(config, tokenizer)
     device = processes.device
 
-    specs = {"proxy_reward": config.reward[0], **({"gold_reward": config.gold_reward} if config.gold_reward else {})}
-    rewards = {
-        name: load_reward(spec, policy=policy_folder, device=device, batch_size=config.forward_batch_size)
-        for name, spec in specs.items()
-    }
+    load = partial(load_reward, policy=policy_folder, device=device, batch_size=config.forward_batch_size)
+    specs = name_rewards(config.reward)
+    weights = weigh(list(specs), config.reward_weights)
+    rewards = {name: load(spec) for name, spec in specs.items()}
+    gold_reward = load(config.gold_reward) if config.gold_reward else None
     policy = Policy(load_causal_lm(policy_folder, device=device), value_head=config.value_model == "shared")
     value_model = None
     if value_folder is not None:
@@ -156,6 +164,9 @@ def set_up(config: PPOConfig, processes: Processes | None = None) -> Run:
             if Path(model).resolve() in {Path(path).resolve() for path in tracked}
         },
         rewards=rewards,
+        reward_weights=weights,
+        gold_reward=gold_reward,
+        standardisation=None,
         prompts=prompts,
         test_prompts=test_prompts,
         kl_controller=make_controller(config),

@@ -94,7 +94,7 @@ def test_saved_settings_are_read_back(tmp_path: Path) -> None:
         (["--temperature", "0"], r"temperature=0\.0: must be greater than 0"),
         (["--temperature", "nan"], "temperature=nan: must be greater than 0"),
         (["--kl-coef", "-0.1"], r"kl_coef=-0\.1: must be finite and not negative"),
-        (["--kl-target", "0"], r"kl_target=0\.0: must be greater than 0 and finite, in nats"),
+        (["--kl-target", "0"], r"kl_target=0\.0: must be greater than 0 and finite"),
         (["--kl-horizon", "0"], "kl_horizon=0"),
         (["--gamma", "1.1"], r"gamma=1\.1: must lie between 0 and 1"),
         (["--gae-lambda", "-0.5"], r"gae_lambda=-0\.5: must lie between 0 and 1"),

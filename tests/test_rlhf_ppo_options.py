@@ -142,7 +142,7 @@ def test_exact_kl_in_both_places_is_its_whole_gradient(checkpoints: Folders, pro
     eos, size = run.tokenizer.eos_token_id, run.model.config.vocab_size
     responses = [[eos], *([a, b] for a in range(size) if a != eos for b in range(size))]
     rollout = rollout_of(run, prompt, responses)
-    experience, _ = collect(run, rollout, {name: torch.zeros(len(rollout)) for name in run.rewards})
+    experience, _ = collect(run, rollout, {"proxy_reward": torch.zeros(len(rollout))})
     with torch.no_grad():
         probabilities = run.policy(rollout, TEMPERATURE).logprobs.sum(dim=1).exp().double()
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
@@ -193,7 +193,7 @@ def test_one_update_of_a_bandit_with_three_arms(checkpoints: Folders, prompt_fil
     prompt = torch.tensor(run.prompts[0].token_ids)
     arms, rewards = [3, 7, 7, 9], [1.0, 0.0, 0.0, -2.0]
     rollout = rollout_of(run, prompt, [[arm] for arm in arms])
-    experience, _ = collect(run, rollout, {name: torch.tensor(rewards) for name in run.rewards})
+    experience, _ = collect(run, rollout, {"proxy_reward": torch.tensor(rewards)})
     before = head.weight.detach().clone()
     with torch.no_grad():
         hidden = run.model.base_model(prompt[None]).last_hidden_state[0, -1]
