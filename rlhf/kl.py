@@ -103,16 +103,23 @@ class Comparison(NamedTuple):
         )
 
 
+def _expectation(p: Tensor, values: Tensor) -> Tensor:
+    """Σ_v p_v x_v, 0 where p_v is; in one pass over the vocabulary unless a token is impossible. [n, V] → [n]"""
+    sums = torch.linalg.vecdot(p, values)
+    return sums if bool(sums.isfinite().all()) else torch.where(p == 0, 0.0, p * values).sum(-1)
+
+
 @torch.no_grad()
 def compare(policy: Distributions, others: Mapping[str, Distributions], tokens: Tensor, vocab_size: int) -> Comparison:
     """Measure a policy against other models at the response tokens [N], a few positions at a time."""
     parts: list[list[Tensor]] = []
     for rows in chunks(len(tokens), vocab_size, tokens.device):
         log_p = policy.rows(rows)
-        row = [gather_logprobs(log_p, tokens[rows]), entropy(log_p)]
+        p = log_p.exp()
+        row = [gather_logprobs(log_p, tokens[rows]), -_expectation(p, log_p)]
         for other in others.values():
             log_q = other.rows(rows)
-            row += [gather_logprobs(log_q, tokens[rows]), exact(log_p, log_q)]
+            row += [gather_logprobs(log_q, tokens[rows]), _expectation(p, log_p - log_q)]
         parts.append(row)
     logprobs, entropies, *rest = (torch.cat(column) for column in zip(*parts, strict=True))
     return Comparison(

@@ -193,6 +193,9 @@ def token_statistics(
     hidden [N, d], tokens [N]. The logits of a chunk are kept for the backward pass as long as they are few (KEPT in
     all), and computed again otherwise.
     """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # forward and backward pass alike, which autocast alone would not see to
+        hidden = hidden.to(torch.get_autocast_dtype(device))
     logprobs, entropies, divergences = _TokenStatistics.apply(
         hidden, head.weight, head.bias, tokens, head, entropy, tuple(references)
     )
@@ -241,7 +244,8 @@ class _TokenStatistics(torch.autograd.Function):
         of_logprobs, of_entropy, of_kl = (gradient[:, None] for gradient in gradients)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        make = torch.empty_like if len(tokens) else torch.zeros_like
+        d_weight = make(weight, dtype=torch.float32) if needs_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         kept, ctx.kept = ctx.kept, []  # written over here: a second backward pass computes them again
         for index, rows in enumerate(chunks(len(tokens), len(weight), hidden.device)):
@@ -262,8 +266,10 @@ class _TokenStatistics(torch.autograd.Function):
             d_logits = d_logits.mul_(slope).to(hidden.dtype)
             if needs_hidden:
                 d_hidden[rows] = d_logits @ weight.to(hidden.dtype)
-            if d_weight is not None:
+            if d_weight is not None and rows.start:
                 d_weight.addmm_(d_logits.T.float(), hidden[rows].float())
+            elif d_weight is not None:  # the first chunk is written without a look at what was there
+                torch.mm(d_logits.T.float(), hidden[rows].float(), out=d_weight)
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
         gradients_of_head = (None if d is None else d.to(weight.dtype) for d in (d_weight, d_bias))

@@ -179,7 +179,7 @@ def make_learners(config: PPOConfig, policy: Policy, value_model: ValueModel | N
 
     def adamw(groups: list[dict[str, object]]) -> torch.optim.AdamW:
         betas = (config.adam_beta1, config.adam_beta2)
-        return torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, weight_decay=0.0)
+        return torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, weight_decay=0.0, fused=True)
 
     groups: list[dict[str, object]] = [{"params": list(policy.model.parameters())}]
     rates = [config.learning_rate]
