@@ -12,11 +12,11 @@ import torch
 from helpers import BOS, EOS, PAD, WORDS, pad_more
 from scipy.stats import chisquare
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from rlhf import decoding
 from rlhf.data import TokenBatch, pad_left
-from rlhf.decoding import Decoded, Sampling, decode, sample_tokens
+from rlhf.decoding import Decoded, PreallocatedLayer, Sampling, decode, sample_tokens
 from rlhf.logprobs import head_of
 
 PROMPTS = [[BOS, *(WORDS.index(letter) for letter in text)] for text in ("abc", "d", "efghi", "jk", "", "lmnabcd")] * 3
@@ -169,6 +169,47 @@ def test_hidden_states_are_those_that_predicted_the_tokens(model: PreTrainedMode
     log_p = head_of(model, 0.6).logits(decoded.hidden.flatten(0, 1)).log_softmax(-1)
     expected = log_p.gather(1, decoded.tokens.flatten()[:, None]).view_as(decoded.logprobs)
     torch.testing.assert_close(decoded.logprobs, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_models_with_sliding_windows_and_soft_caps_decode_as_in_the_framework(
+    monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """Gemma 2: every other layer sees three tokens only, and keeps a cache of its own kind."""
+    monkeypatch.setattr(decoding, "DROP_SHARE", share)
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, sliding_window=3, final_logit_softcapping=2.0, initializer_range=0.5,
+        pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    end = common_end(run(model, eos_token_id=NEVER, temperature=0.0).tokens)
+    decoded = run(model, eos_token_id=end, temperature=0.0)
+    for i, prompt in enumerate(PROMPTS[:6]):
+        response: list[int] = []
+        while len(response) < LONGEST and end not in response:
+            response.append(int(model(torch.tensor([prompt + response]), use_cache=False).logits[0, -1].argmax()))
+        assert decoded.tokens[i, : len(response)].tolist() == response
+
+
+def test_a_cache_layer_with_room_grows_and_loses_rows_as_a_concatenation_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def states(rows: int, num: int) -> tuple[Tensor, Tensor]:
+        keys, values = torch.randn(2, rows, 2, num, 4, generator=generator)
+        return keys, values
+
+    layer = PreallocatedLayer(7)
+    first, second, third = states(3, 4), states(3, 1), states(2, 2)
+    assert all(torch.equal(*pair) for pair in zip(layer.update(*first), first, strict=True))
+    grown = [torch.cat(pair, dim=2) for pair in zip(first, second, strict=True)]
+    assert all(torch.equal(*pair) for pair in zip(layer.update(*second), grown, strict=True))
+    assert layer.get_seq_length() == 5
+    layer.batch_select_indices(torch.tensor([2, 0]))
+    fewer = [torch.cat([old[[2, 0]], new], dim=2) for old, new in zip(grown, third, strict=True)]
+    assert all(torch.equal(*pair) for pair in zip(layer.update(*third), fewer, strict=True))
+    assert layer.get_seq_length() == 7
 
 
 # ── Cuts ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
