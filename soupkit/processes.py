@@ -1,6 +1,7 @@
 """Tasks in forked processes, for merges of folders: Python's lock makes threads wait for each other between blocks.
 
-A child starts as a copy of this process, so that tasks need not be sent to it, and shares its memory and open files.
+A child starts as a copy of this process, so that tasks need not be sent to it, with the memory, the open files and
+torch's settings that the process has at that moment.
 What comes back through a pipe is small: the tasks' results, counts of values that are not finite, warnings. Children
 end with the merge, with the first failure, and with this process, however it ends.
 """
@@ -22,7 +23,6 @@ from typing import Any
 
 import torch
 
-from soupkit.blocks import steady_torch
 from soupkit.errors import MergeError
 
 POLL = 0.1  # seconds between two looks at the children's progress
@@ -138,7 +138,7 @@ def _child(
     shared.number = number
     done = []
     try:
-        with steady_torch(), warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught:
             while not shared.stopped and (index := shared.take()) < len(tasks):
                 done.append((index, tasks[index]()))
         told = [(str(warning.message), warning.category) for warning in caught]

@@ -24,6 +24,8 @@ from safetensors.torch import save_file
 
 import soupkit.folder
 from soupkit import Recipe
+from soupkit.blocks import NonFinite
+from soupkit.engine import Progress, run, run_forked
 from soupkit.hashing import hash_file
 from soupkit.processes import can_fork
 
@@ -248,6 +250,21 @@ def test_a_merge_ends_with_a_child_that_is_killed(models, tmp_path):
         _, errors = child.communicate(timeout=60)
     assert b"a process of the merge was killed: is there enough memory?" in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tasks_run_under_the_same_settings_wherever_they_run():
+    def bar() -> Progress:
+        return Progress(0, "", shown=False)
+
+    tasks = [lambda: (torch.get_num_threads(), torch.is_grad_enabled())] * 3
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = [run(tasks, 1, bar()), run(tasks, 2, bar()), run_forked(tasks, 2, bar(), NonFinite())]
+        assert found == [[(1, False)] * 3] * 3
+        assert (torch.get_num_threads(), torch.is_grad_enabled()) == (2, True)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_children_warn_of_is_told_once(models, tmp_path, monkeypatch):
