@@ -55,6 +55,8 @@ examples:
 
 Models are folders as save_pretrained writes them (safetensors), hub ids, or BASE+ADAPTER for a LoRA adapter and its
 base. The soup is such a folder too, with soup.json beside the weights: how it was made, and the hashes of all files.
+
+Exit codes: 0 done; 1 verify found a change; 2 bad input; 3 verify found none, but a model is absent.
 """
 
 
