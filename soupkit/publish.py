@@ -70,9 +70,9 @@ def published_folder(out: Path, overwrite: bool, *, sync: bool = True) -> Iterat
         raise FileExistsError(f"{out} is being written by this process already: wait, or choose another output folder")
     _remove_leftovers(out.parent, prefix)
     partial = out.parent / f"{prefix}{os.getpid()}"
-    partial.mkdir()
     _LIVE.add(partial)
     try:
+        partial.mkdir()  # in here, since an interrupt may come as soon as it is done
         yield partial
         for path in [*partial.rglob("*"), partial] if sync else []:
             _sync(path)

@@ -264,6 +264,20 @@ def test_a_failed_merge_leaves_nothing_and_loses_nothing(pair, tmp_path, monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "soup"]
 
 
+def test_an_interrupt_right_after_the_folder_was_made_leaves_nothing(pair, tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+
+    def interrupted(self: Path, *arguments, **options):
+        mkdir(self, *arguments, **options)
+        if ".partial-" in self.name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        soupkit.average(pair, out=tmp_path / "soup", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
 def test_only_checkpoints_are_overwritten(pair, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("x")
