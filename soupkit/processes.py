@@ -1,9 +1,9 @@
 """Tasks in forked processes, for merges of folders: Python's lock makes threads wait for each other between blocks.
 
 A child starts as a copy of this process, so that tasks need not be sent to it, with the memory, the open files and
-torch's settings that the process has at that moment.
-What comes back through a pipe is small: the tasks' results, counts of values that are not finite, warnings. Children
-end with the merge, with the first failure, and with this process, however it ends.
+torch's settings that the process has at that moment. What comes back through a pipe is small: the tasks' results,
+counts of values that are not finite, warnings. Children end with the merge, with the first failure, and with this
+process, however it ends.
 """
 
 from __future__ import annotations
