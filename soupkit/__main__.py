@@ -23,8 +23,10 @@ from soupkit.inspection import inspect
 from soupkit.methods import METHODS, Method, find_method
 from soupkit.options import Options
 from soupkit.recipe import Recipe, load_recipe
+from soupkit.recipe_forms import parse_yaml
 from soupkit.verification import verify
 
+RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 DESCRIPTION = "Make one checkpoint folder out of several: a soup."
 EXAMPLES = """\
 examples:
@@ -39,7 +41,11 @@ examples:
   any other method, on the command line or from a recipe file (ours or mergekit's)
     python -m soupkit merge --method ties --base base runs/sft1 runs/sft2 --set weight=0.5,0.5 --set density=0.3 \\
         --out runs/ties
+    python -m soupkit merge --method slerp runs/sft1 runs/sft2 --set 't=[0, 0.5, 1]' --out runs/gradient
     python -m soupkit merge recipe.yaml --out runs/soup
+  LoRA adapters: each folded into its base as a model, or averaged as adapters
+    python -m soupkit average base+runs/lora1 base+runs/lora2 --out runs/soup
+    python -m soupkit average runs/lora1 runs/lora2 --out runs/lora-soup
   what each method does, and where it comes from
     python -m soupkit methods
   how far two checkpoints are from each other, what is in one, whether a soup is as it was written
@@ -49,12 +55,15 @@ examples:
 
 Models are folders as save_pretrained writes them (safetensors), hub ids, or BASE+ADAPTER for a LoRA adapter and its
 base. The soup is such a folder too, with soup.json beside the weights: how it was made, and the hashes of all files.
+
+Exit codes: 0 done; 1 verify found a change; 2 bad input; 3 verify found none, but a model is absent.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, 1 where verify finds a difference, or 2 for bad input, which is told in one line.
+    """Run one command. Returns 0, or 2 for bad input, which is told in one line.
 
+    verify returns 1 where it finds a difference, and 3 where it finds none but a model was not there to be checked.
     Interrupted (130) or asked to end by SIGTERM (exit with 143) it leaves no unfinished folder behind.
     """
     arguments = _parser().parse_args(argv)
@@ -105,17 +114,17 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("average", _average, METHODS["linear"].summary)
     command.add_argument("models", nargs="+", metavar="MODEL", help="ingredients: checkpoint folders or hub ids")
-    command.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per model; uniform by default")
+    command.add_argument("--weights", nargs="+", type=_number, metavar="W", help="one per model; uniform by default")
     _add_merge_options(command)
 
     command = add("interpolate", _interpolate, "point between two models, on a line or a great circle")
     _add_ends(command)
-    command.add_argument("--t", type=float, required=True, help="how far from A to B; outside 0 to 1 extrapolates")
+    command.add_argument("--t", type=_number, required=True, help="how far from A to B; outside 0 to 1 extrapolates")
     _add_merge_options(command)
 
     command = add("sweep", _sweep, "many points between two models, in one pass over them")
     _add_ends(command)
-    command.add_argument("--ts", nargs="+", type=float, required=True, metavar="T", help="how far from A to B, each")
+    command.add_argument("--ts", nargs="+", type=_number, required=True, metavar="T", help="how far from A to B, each")
     _add_merge_options(command, "folder to write t=T folders into")
 
     command = add("merge", _merge, "any method, from a recipe file or with --method")
@@ -130,7 +139,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a parameter; commas separate one value for each model (repeat the option for more parameters)",
+        help="a parameter of --method (repeat the option for more); commas separate one value for each model; "
+        "'t=[0, 0.5, 1]' goes over the layers, 't=[{filter: mlp, value: 0.3}, {value: 0.5}]' by tensors' names",
     )
     command.add_argument("--tokenizer", metavar="base|union|FOLDER", help="which tokenizer, where the models' differ")
     _add_merge_options(command)
@@ -157,6 +167,14 @@ def _parser() -> argparse.ArgumentParser:
     command = add("methods", _methods, "what each method does, needs and is based on")
     command.add_argument("names", nargs="*", metavar="NAME", help="only these")
     return parser
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        hint = f": write {text.replace(',', ' ')}" if "," in text else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is no number{hint}") from None
 
 
 def _add_ends(command: argparse.ArgumentParser) -> None:
@@ -214,7 +232,7 @@ def _interpolate(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    outs = [Path(arguments.out) / f"t={t:g}" for t in arguments.ts]
+    outs = [Path(arguments.out) / f"t={str(t).removesuffix('.0')}" for t in arguments.ts]
     for out in sweep(arguments.a, arguments.b, arguments.ts, method=arguments.method, outs=outs, **_options(arguments)):
         print(out)
     return 0
@@ -227,30 +245,25 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     """The recipe file that is named, or the recipe that the options spell out."""
+    models = arguments.models
+    spelt_out = [f"--{name}" for name in ("method", "base", "fishers", "set", "tokenizer") if getattr(arguments, name)]
+    recipes = [model for model in models if Path(model).suffix in RECIPE_SUFFIXES and Path(model).is_file()]
+    if recipes and (spelt_out or len(models) > 1):
+        models.remove(recipes[0])
+        raise MergeError(
+            f"found {', '.join(spelt_out or models)} beside the recipe file {recipes[0]}, which says by itself what is "
+            "merged and how: write it there, or spell all out with --method and no file (options such as --dtype go "
+            "with either)"
+        )
     if arguments.method is None:
-        spelt_out = [f"--{name}" for name in ("base", "fishers", "set", "tokenizer") if getattr(arguments, name)]
-        if len(arguments.models) != 1 or spelt_out:
-            found = ", ".join(spelt_out) or f"{len(arguments.models)} models"
+        if len(models) != 1 or spelt_out:
+            found = ", ".join(spelt_out) or f"{len(models)} models"
             raise MergeError(f"found {found} without --method: name the method, or give one recipe file alone")
-        return load_recipe(arguments.models[0])
-    method = find_method(arguments.method)
-    shared: dict[str, Any] = {}
-    own: list[dict[str, Any]] = [{} for _ in arguments.models]
-    for text in arguments.set:
-        name, _, value = text.partition("=")
-        values = [_value(part) for part in value.split(",")]
-        if len(values) == 1:
-            shared[name] = values[0]
-            continue
-        per_model = name in method.parameters and method.parameters[name].per_ingredient
-        if not per_model or len(values) != len(own):
-            wanted = f"one value, or {len(own)} (one per model)" if per_model else "one value"
-            raise MergeError(f"--set {text} has {len(values)} values: {name} takes {wanted}")
-        for settings, each in zip(own, values, strict=True):
-            settings[name] = each
+        return load_recipe(models[0])
+    shared, own = _settings(arguments.set, find_method(arguments.method), len(models))
     return Recipe(
         arguments.method,
-        arguments.models,
+        models,
         base=arguments.base,
         parameters=shared,
         model_parameters=own,
@@ -259,8 +272,33 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     )
 
 
-def _value(text: str) -> bool | str:
-    return {"true": True, "false": False}.get(text.lower(), text)
+def _settings(texts: Sequence[str], method: Method, num_models: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The parameters that NAME=VALUE texts spell out: for all models, and for each."""
+    shared: dict[str, Any] = {}
+    own: list[dict[str, Any]] = [{} for _ in range(num_models)]
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not value.strip() or value.rstrip().endswith(","):
+            raise MergeError(f"--set {text} lacks a value: write NAME=VALUE, or NAME=VALUE,VALUE with one per model")
+        if name in shared or name in own[0]:
+            raise MergeError(f"--set {name}=... is given twice: give it once, with commas for one value per model")
+        try:
+            values = parse_yaml(f"[{value}]")
+        except MergeError as error:
+            raise MergeError(f"--set {text}: {error}") from None
+        if len(values) == 1:
+            shared[name] = values[0]
+            continue
+        per_model = name in method.parameters and method.parameters[name].per_ingredient
+        if not per_model or len(values) != num_models:
+            wanted = f"one value, or {num_models} (one per model)" if per_model else "one value"
+            raise MergeError(
+                f"--set {text} has {len(values)} values: {name} takes {wanted}; values over the layers stand in "
+                f"brackets, '{name}=[{value}]'"
+            )
+        for settings, each in zip(own, values, strict=True):
+            settings[name] = each
+    return shared, own
 
 
 def _diff(arguments: argparse.Namespace) -> int:
@@ -295,7 +333,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     found = verify(arguments.folder, ingredients=arguments.ingredients, progress=not arguments.quiet)
     _show(found, arguments.json)
-    return 0 if found.ok else 1
+    if found.changed:
+        return 1
+    return 0 if found.ok else 3
 
 
 def _show(found: Any, as_json: bool) -> None:

@@ -23,7 +23,7 @@ from soupkit.files import write_json
 from soupkit.hashing import DEFAULT, hash_file
 from soupkit.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter, read_adapter
 from soupkit.provenance import VERSION, file_entry, files_of
-from soupkit.publish import check_output, published_folder
+from soupkit.publish import check_target, published_folder
 from soupkit.sources import load_tensor
 
 
@@ -60,10 +60,7 @@ def merge_adapters(
     shares = _shares(weights, len(opened), normalize)
     _require_one_base(opened)
     saved = _saved_whole(opened, shares)
-    for adapter in opened:
-        if out.exists() and out.samefile(adapter.folder):
-            raise FileExistsError(f"{out} is one of the ingredients: choose another output folder")
-    check_output(out, overwrite)
+    check_target(out, adapters, overwrite)
     companion_files(opened[0].folder)  # before the work, for what it refuses
     tensors, ranks = _matrices(opened, shares)
     with published_folder(out, overwrite) as partial:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from soupkit.adapters import merge_adapters, parse_weights
+from soupkit.checkpoint import folders_of
 from soupkit.engine import parse_num_threads
 from soupkit.errors import MergeError
 from soupkit.files import expanded
@@ -27,9 +29,10 @@ from soupkit.options import (
     parse_size,
     refuse_without_effect,
 )
-from soupkit.publish import check_output
+from soupkit.publish import check_target
 from soupkit.recipe import Recipe, load_recipe
 from soupkit.settings import Settings
+from soupkit.sources import in_order
 
 Model = Tensor | Mapping[str, Tensor] | Module | str | Path
 
@@ -100,7 +103,8 @@ def average(
 
     Kinds of models, the other arguments, precision and errors are those of :func:`merge`. The uniform average of two
     models, in their own dtype, is exact: the true mean rounded once. Folders of LoRA adapters of one base give an
-    adapter that adds exactly the average of what they add (:func:`soupkit.adapters.merge_adapters`).
+    adapter that adds exactly the average of what they add (:func:`soupkit.adapters.merge_adapters`). A folder that is
+    given twice counts twice, with a warning where the soup is written.
 
     Example:
         >>> soupkit.average([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])])
@@ -137,7 +141,8 @@ def interpolate(
     """The model at ``t`` on the way from ``a`` (t = 0) to ``b`` (t = 1); t outside [0, 1] extrapolates.
 
     ``method="linear"``: (1 − t) a + t b. ``method="slerp"``: (sin((1−t)θ) a + sin(tθ) b) / sin θ for each tensor, with
-    θ the angle between the two flattened tensors; the straight line where |cos θ| > 0.9995 or a tensor is zero.
+    θ the angle between the two flattened tensors; the straight line where |cos θ| > 0.9995, as between most
+    fine-tunings of one model, or a tensor is zero.
 
     Kinds of models, the other arguments, precision and errors are those of :func:`merge`; ``t`` must be finite.
 
@@ -165,14 +170,18 @@ def sweep(
     Reading is what a merge of folders mostly does, so many points cost little more than one. With ``outs``, one folder
     for each t; they appear one after another once all are complete, streamed, so that none is ever held. Without
     ``outs`` the models are returned, and so all are in memory at once: for many points of large models, write folders.
+    The same t twice is an error.
 
     Paper: Wortsman et al. 2021, "Robust fine-tuning of zero-shot models" (WiSE-FT), https://arxiv.org/abs/2109.01903
     """
     if not len(ts):
         raise MergeError("ts is empty: give at least one t")
+    recipes = [_between(a, b, t, method) for t in ts]
+    for position, t in enumerate(ts):
+        if t in ts[:position]:
+            raise MergeError(f"t = {t} is given twice: give each point once")
     if outs is not None and (len(outs) != len(ts) or len({os.path.abspath(out) for out in outs}) != len(ts)):
         raise MergeError(f"found {len(outs)} output folders for {len(ts)} values of t: give each one of its own")
-    recipes = [_between(a, b, t, method) for t in ts]
     return _merge(recipes, None if outs is None else [Path(out) for out in outs], options)
 
 
@@ -187,6 +196,7 @@ def _average_adapters(
         )
     if out is None:
         raise MergeError("the average of LoRA adapters is an adapter folder: give out, where to write it")
+    _warn_of_repeats(adapters)
     overwrite, allow_pickle = options.get("overwrite", False), options.get("allow_pickle", False)
     return merge_adapters(adapters, weights, out, overwrite=overwrite, allow_pickle=allow_pickle)
 
@@ -224,11 +234,9 @@ def _merge(recipes: Sequence[Recipe], outs: Sequence[Path] | None, options: Opti
     settled: Options = {**DEFAULTS, **options}
     for each in recipes:
         each.validate()
-    for out in outs or []:
-        check_output(Path(os.path.abspath(out)), settled["overwrite"])
     dtype = parse_dtype(recipe.dtype if settled["dtype"] is None else settled["dtype"])
     num_threads = parse_num_threads(settled["num_threads"])
-    kind = _kind([*recipe.models, *([] if recipe.base is None else [recipe.base])])
+    kind = _kind(in_order(recipe.models, recipe.base))
     if any((_kind([fisher]) == "folder") != (kind == "folder") for fisher in recipe.fishers):
         raise MergeError(f"each model is a {kind}: give Fisher information of that kind too")
     if outs is not None and kind != "folder":
@@ -247,16 +255,35 @@ def _merge(recipes: Sequence[Recipe], outs: Sequence[Path] | None, options: Opti
             hash=settled["hash"],
             sync=settled["sync"],
         )
-        plan = plan_folders(recipes, folder_options)
-        if outs is None:
-            return merge_into_memory(plan, folder_options)
-        return merge_into_folders(plan, outs, folder_options)
+        return _merge_folders(recipes, outs, folder_options)
     if recipe.tokenizer is not None:
         raise MergeError(f"tokenizer is for folders, and each model is a {kind}: leave it out")
     memory_options = MemoryOptions(dtype, settled["allow_nonfinite"], num_threads)
     levels: dict[str, Any] = {"tensor": merge_tensors, "state dict": merge_state_dicts, "module": merge_modules}
     merged: list[Any] = levels[kind](recipes, memory_options)
     return merged
+
+
+def _merge_folders(recipes: Sequence[Recipe], outs: Sequence[Path] | None, options: FolderOptions) -> list[Any]:
+    recipe = recipes[0]
+    read = in_order(recipe.models, recipe.base, recipe.fishers)
+    if recipe.tokenizer not in (None, "base", "union"):
+        read.append(recipe.tokenizer)
+    for out in outs or []:
+        check_target(out, read, options.overwrite)
+    plan = plan_folders(recipes, options)
+    if outs is None:
+        return merge_into_memory(plan, options)
+    _warn_of_repeats(recipe.models)
+    return merge_into_folders(plan, outs, options)
+
+
+def _warn_of_repeats(models: Sequence[str | Path]) -> None:
+    """Warn of a folder that is merged with itself: on a command line it is rarely meant."""
+    places = [[folder.resolve() for folder in folders_of(str(model))] for model in models]
+    for position, place in enumerate(places):
+        if place in places[:position]:
+            warnings.warn(f"{models[position]} is given twice: each counts as a model of its own", stacklevel=2)
 
 
 def _kind(models: Sequence[Any]) -> str:

@@ -19,7 +19,7 @@ from soupkit.errors import MergeError
 from soupkit.methods import Blocks, Method
 from soupkit.order_statistics import order_statistics
 from soupkit.planning import TensorPlan
-from soupkit.sources import FLOAT8_DTYPES, Reader
+from soupkit.sources import FLOAT8_DTYPES, Reader, in_order
 from soupkit.tables import dtype_name, name_list
 
 # Elements per block: a few blocks in the working precision fit the cache of one core, and Python's share is small.
@@ -35,11 +35,11 @@ class Readers:
     ingredients: Sequence[Reader]
     base: Reader | None = None
     fishers: Sequence[Reader] = ()
-    labels: Sequence[str] = ()  # of the ingredients, the base and the Fisher estimates, in this order
+    labels: Sequence[str] = ()  # of all
 
     @property
     def all(self) -> list[Reader]:
-        return [*self.ingredients, *([self.base] if self.base else []), *self.fishers]
+        return in_order(self.ingredients, self.base, self.fishers)
 
 
 @dataclass
@@ -246,7 +246,7 @@ class _WholeTensor:
         self.non_finite.examine(self.plan, self.readers.labels, models, soup)
 
     def _models(self, blocks: Blocks) -> list[Tensor]:
-        return [*blocks.ingredients, *([] if blocks.base is None else [blocks.base]), *blocks.fishers]
+        return in_order(blocks.ingredients, blocks.base, blocks.fishers)
 
     def _shaped(self, block: Tensor, stride: int) -> Tensor:
         return block if self.row is None or stride > 1 else block.view(-1, self.row)

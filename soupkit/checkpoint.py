@@ -8,23 +8,29 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from soupkit.errors import MergeError
-from soupkit.files import CHAT_TEMPLATES, expanded, read_bytes, read_json, require_own_file
+from soupkit.files import (
+    CHAT_TEMPLATES,
+    INDEX_FILE,
+    PICKLED_FILE,
+    PICKLED_INDEX_FILE,
+    SINGLE_FILE,
+    expanded,
+    read_bytes,
+    read_json,
+    require_own_file,
+)
 from soupkit.heads import TIES, embedding_of, is_head, setting, with_setting
 from soupkit.lora import fold, is_adapter, read_adapter
 from soupkit.pickled import PickledTensor, read_pickle
 from soupkit.safetensors_format import read_header
 from soupkit.sources import FLOAT8_DTYPES, TensorSource
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-PICKLED_FILE = "pytorch_model.bin"
-PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
 TOKENIZER_FILE = "tokenizer.json"
 # Other files that spell out a tokenizer's tokens.
 VOCABULARY_FILES = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "added_tokens.json")
@@ -188,15 +194,14 @@ def token_ids(tokenizer: dict[str, Any], path: str | Path = TOKENIZER_FILE) -> d
     return ids
 
 
-def _base_and_adapter(source: str | Path) -> tuple[str, str] | None:
-    """The two halves of "BASE+ADAPTER"; None for a folder or a name without a plus."""
+def _base_and_adapter(source: str | Path, starts: Sequence[Path] = (Path(),)) -> tuple[str, str] | None:
+    """The two halves of "BASE+ADAPTER"; None for a folder, seen from one of ``starts``, or a name without a plus."""
     text = str(source)
-    if "+" not in text or expanded(source).is_dir():
+    if "+" not in text or _seen_from(text, starts):
         return None
     positions = [position for position, letter in enumerate(text) if letter == "+"]
     # A folder's name may itself hold a plus; the adapter is the shortest ending that is a folder.
-    is_folder = [expanded(text[position + 1 :]).is_dir() for position in positions]
-    cut = next((p for p, fits in zip(positions[::-1], is_folder[::-1], strict=True) if fits), positions[-1])
+    cut = next((p for p in positions[::-1] if _seen_from(text[p + 1 :], starts)), positions[-1])
     if not text[:cut] or not text[cut + 1 :]:
         raise MergeError(f"{source} lacks a base or an adapter: write BASE+ADAPTER")
     return text[:cut], text[cut + 1 :]
@@ -263,21 +268,35 @@ def locate(source: str | Path, allow_pickle: bool) -> Path:
     raise MergeError(f"{source} does not exist: give a checkpoint folder, or a hub id such as org/name")
 
 
-def folders_of(label: str) -> list[Path]:
+def folders_of(label: str, near: Path | None = None) -> list[Path]:
     """The folders that a label stands for on this machine: one, or those of "BASE+ADAPTER"; nothing is downloaded.
 
-    A hub id stands for its snapshot in the hub cache. Where there is none, the path given is of no folder.
+    A relative path is looked for from the working directory, then from the folder ``near`` and those above it. A hub id
+    stands for its snapshot in the hub cache. Where there is none, the path given is of no folder.
     """
-    parts = _base_and_adapter(label)
+    above = [] if near is None else [near.resolve(), *near.resolve().parents]
+    return _folders_of(label, [Path(), *above])
+
+
+def _folders_of(label: str, starts: Sequence[Path]) -> list[Path]:
+    parts = _base_and_adapter(label, starts)
     if parts:
-        return [folder for part in parts for folder in folders_of(part)]
+        return [folder for part in parts for folder in _folders_of(part, starts)]
+    found = _seen_from(label, starts)
+    if found:
+        return [found]
     path = expanded(label)
-    if HUB_ID.fullmatch(label) and not path.is_dir() and not path.parent.is_dir():
+    if HUB_ID.fullmatch(label) and not path.parent.is_dir():
         try:
             return [_snapshot(label, local_files_only=True)]
         except (ImportError, OSError, ValueError):
             pass  # not in the cache
     return [path]
+
+
+def _seen_from(path: str, starts: Sequence[Path]) -> Path | None:
+    """The folder of this path from the first of ``starts`` where it is one."""
+    return next((place for start in starts if (place := start / expanded(path)).is_dir()), None)
 
 
 def _snapshot(hub_id: str, **options: Any) -> Path:

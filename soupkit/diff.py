@@ -229,7 +229,10 @@ class Diff:
                 yield f"{role:<4} {printable(label)}"
 
     def _total_rows(self, total: Distance) -> list[tuple[str, str]]:
-        rows = [
+        counts = {"only in a": self.only_in_a, "only in b": self.only_in_b, "of other shapes": self.shapes}
+        left_out = [f"{len(names):,} {which}" for which, names in counts.items() if names]
+        rows = [("tensors left out", ", ".join(left_out))] if left_out else []
+        rows += [
             ("elements", f"{total.num_elements:,}"),
             ("‖a−b‖", number(total.l2)),
             ("‖a−b‖/‖a‖", number(total.relative)),
@@ -238,6 +241,7 @@ class Diff:
             ("equal elements", percent(total.equal_share)),
         ]
         if self.base is not None:
+            rows += [("tensors not in the base, left out", f"{len(self.not_in_base):,}")] if self.not_in_base else []
             rows += [
                 ("‖a−base‖", number(total.task_norm_a)),
                 ("‖b−base‖", number(total.task_norm_b)),

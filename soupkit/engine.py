@@ -130,7 +130,7 @@ def run(tasks: Sequence[Task], num_threads: int, progress: Progress) -> list[Any
         if num_threads == 1 or len(tasks) == 1:
             return [task() for task in tasks]
         with ThreadPoolExecutor(num_threads, "soupkit") as pool:
-            futures = [pool.submit(_steadily, task) for task in tasks]
+            futures = [pool.submit(steady_torch()(task)) for task in tasks]
             try:
                 failed = [f for f in wait(futures, return_when=FIRST_EXCEPTION).done if f.exception()]
                 for future in sorted(failed, key=lambda future: isinstance(future.exception(), Stopped)):
@@ -154,9 +154,3 @@ def run_forked(tasks: Sequence[Task], num_processes: int, progress: Progress, no
     for tensors in counts:
         non_finite.add(tensors)
     return results
-
-
-def _steadily(task: Task) -> Any:
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        return task()

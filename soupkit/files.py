@@ -12,6 +12,11 @@ from typing import Any
 
 from soupkit.errors import MergeError
 
+# A checkpoint's weights: in one file, or in shards that an index names; and the same, pickled.
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLED_FILE = "pytorch_model.bin"
+PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
 # A sub-folder that belongs to a checkpoint: chat templates but for the first, as transformers saves them.
 CHAT_TEMPLATES = "additional_chat_templates"
 MAX_TEXT_BYTES = 500 * 10**6  # the largest tokenizer.json are a tenth of this
@@ -55,16 +60,16 @@ def read_bytes(path: Path) -> bytes:
         return file.read()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises MergeError when it holds none."""
+def read_json(path: Path, *, remedy: str = "download or save the checkpoint again") -> dict[str, Any]:
+    """The object that a JSON file holds. Raises MergeError, with the remedy, when it holds none."""
     try:
         parsed = json.loads(read_bytes(path).decode("utf-8"))
     except MergeError:
         raise
     except (ValueError, RecursionError) as error:
-        raise MergeError(f"{path} is not valid JSON ({error}): download or save the checkpoint again") from None
+        raise MergeError(f"{path} is not valid JSON ({error}): {remedy}") from None
     if not isinstance(parsed, dict):
-        raise MergeError(f"{path} holds no JSON object: download or save the checkpoint again")
+        raise MergeError(f"{path} holds no JSON object: {remedy}")
     return parsed
 
 

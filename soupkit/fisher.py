@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from tqdm import tqdm
 
-from soupkit.checkpoint import SINGLE_FILE
 from soupkit.errors import MergeError
+from soupkit.files import SINGLE_FILE
 from soupkit.memory import shared_tensors
 from soupkit.publish import check_output, published_folder
 

@@ -24,8 +24,6 @@ from torch import Tensor
 from soupkit.blocks import NonFinite, Readers, require_equal
 from soupkit.card import model_card
 from soupkit.checkpoint import (
-    INDEX_FILE,
-    SINGLE_FILE,
     VOCABULARY_FILES,
     Checkpoint,
     companion_files,
@@ -39,17 +37,17 @@ from soupkit.checkpoint import (
 )
 from soupkit.engine import Progress, Streams, Task, run, run_forked, sink_into, tensor_tasks
 from soupkit.errors import MergeError
-from soupkit.files import write_json
+from soupkit.files import INDEX_FILE, SINGLE_FILE, write_json
 from soupkit.hashing import DEFAULT, Piece, TensorHasher, hash_file
 from soupkit.heads import harmonise_fishers, harmonise_heads
 from soupkit.methods import Method, find_method
 from soupkit.planning import Models, TensorPlan, parameters_by_name, plan_tensors
 from soupkit.processes import can_fork
 from soupkit.provenance import describe, files_of, roles
-from soupkit.publish import check_output, published_folder, reserve, write_back
+from soupkit.publish import published_folder, reserve, write_back
 from soupkit.recipe import Recipe
 from soupkit.safetensors_format import DTYPES, StoredTensor, bytes_of
-from soupkit.sources import Reader, TensorSource
+from soupkit.sources import Reader, TensorSource, in_order
 from soupkit.tables import dtype_name, size
 from soupkit.vocabulary import UnifiedVocabulary, unify_vocabularies
 
@@ -95,7 +93,7 @@ class FolderPlan:
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
-        return [*self.ingredients, *([self.base] if self.base else []), *self.fishers]
+        return in_order(self.ingredients, self.base, self.fishers)
 
     @property
     def labels(self) -> list[str]:
@@ -117,12 +115,13 @@ def plan_folders(recipes: Sequence[Recipe], options: FolderOptions) -> FolderPla
         if len({path.name for path in checkpoint.files}) < len(checkpoint.files):  # soup.json goes by file names
             raise MergeError(f"{checkpoint.label} names two adapters: average them into one first, and add that")
     merged = harmonise_heads(merged)
+    fishers = harmonise_fishers(fishers, merged[: len(recipe.models)])
     merged, vocabulary = _with_one_vocabulary(recipe, merged)
+    fishers = vocabulary.with_mapped_rows(fishers) if vocabulary else fishers
     for other in merged[1:]:
         require_same_config(merged[0], other)
     ingredients = merged[: len(recipe.models)]
     base = merged[-1] if recipe.base is not None else None
-    fishers = harmonise_fishers(fishers, ingredients)
     models = Models(
         [checkpoint.tensors for checkpoint in ingredients],
         base.tensors if base else None,
@@ -157,10 +156,11 @@ def merge_into_memory(plan: FolderPlan, options: FolderOptions) -> list[dict[str
 
 
 def merge_into_folders(plan: FolderPlan, outs: Sequence[Path], options: FolderOptions) -> list[Path]:
-    """The soups as checkpoint folders, complete or absent. Raises FileExistsError, MergeError or OSError."""
+    """The soups as checkpoint folders, complete or absent, where check_target has found nothing in the way.
+
+    Raises MergeError or OSError.
+    """
     outs = [Path(os.path.abspath(out)) for out in outs]
-    for out in outs:
-        _check_target(plan, out, options.overwrite)
     _check_space(plan, outs)
     companion_files(_companions(plan))  # for what it refuses
     shards = _shards(plan, options.max_shard_size)
@@ -360,13 +360,6 @@ def _with_one_vocabulary(
 
 def _largest_first(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
     return sorted(tensors, key=lambda tensor: -tensor.num_elements)
-
-
-def _check_target(plan: FolderPlan, out: Path, overwrite: bool) -> None:
-    for checkpoint in plan.checkpoints:
-        if out.exists() and any(out.samefile(path.parent) for path in checkpoint.files):
-            raise FileExistsError(f"{out} is one of the models that are merged: choose another output folder")
-    check_output(out, overwrite)
 
 
 def _check_space(plan: FolderPlan, outs: Sequence[Path]) -> None:

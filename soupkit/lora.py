@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from soupkit.errors import MergeError
-from soupkit.files import read_json, require_own_file
+from soupkit.files import INDEX_FILE, SINGLE_FILE, read_json, require_own_file
 from soupkit.heads import tied_names
 from soupkit.pickled import read_pickle
 from soupkit.safetensors_format import read_header
@@ -111,7 +111,7 @@ class FoldedTensor:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter rather than a checkpoint."""
-    whole = any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
+    whole = any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
     return not whole and any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE))
 
 

@@ -18,7 +18,7 @@ from soupkit.errors import MergeError
 from soupkit.methods import find_method
 from soupkit.planning import Models, TensorPlan, parameters_by_name, plan_tensors
 from soupkit.recipe import Recipe
-from soupkit.sources import Reader
+from soupkit.sources import Reader, in_order
 
 State = Mapping[str, Tensor]
 
@@ -99,10 +99,12 @@ def _tasks(
 
 
 def _models(recipe: Recipe) -> Models:
-    labels = [f"ingredient {number}" for number in range(1, len(recipe.models) + 1)]
-    labels += [] if recipe.base is None else ["the base"]
-    labels += [f"Fisher estimate {number}" for number in range(1, len(recipe.fishers) + 1)]
-    states: list[State] = [*recipe.models, *([] if recipe.base is None else [recipe.base]), *recipe.fishers]
+    labels = in_order(
+        [f"ingredient {number}" for number in range(1, len(recipe.models) + 1)],
+        None if recipe.base is None else "the base",
+        [f"Fisher estimate {number}" for number in range(1, len(recipe.fishers) + 1)],
+    )
+    states: list[State] = in_order(recipe.models, recipe.base, recipe.fishers)
     for state, label in zip(states, labels, strict=True):
         for name, value in state.items():
             if not isinstance(value, Tensor):

@@ -20,8 +20,10 @@ python -m soupkit merge recipe.yaml --out soup
 python -m soupkit merge --method ties --base base sft1 sft2 --set weight=1 --set density=0.5 --out soup
 ```
 
-A parameter's value is a number, a list of numbers (a gradient over the layers), or a list of `{filter, value}`. One
-that is "one per model" may stand beside its model, or among the recipe's parameters for all models.
+A parameter's value is a number, a list of numbers (a gradient over the layers), or a list of `{filter, value}`;
+[recipes.md](recipes.md) says what they mean. One that is "one per model" may stand beside its model, or among the
+recipe's parameters for all models. On the command line, commas separate one value for each model, and lists stand in
+brackets: `--set weight=0.7,0.3`, `--set 't=[0, 0.5, 1]'`, `--set 't=[{filter: mlp, value: 0.3}, {value: 0.5}]'`.
 """
 # Values that show what a parameter is for, where the default would not.
 EXAMPLE_VALUES = {"density": 0.5, "t": 0.3, "decay": 0.9, "select_topk": 0.1, "gamma": 0.02, "last": 2}

@@ -20,7 +20,7 @@ from soupkit.errors import MergeError
 from soupkit.layers import layer_positions
 from soupkit.methods import find_method
 from soupkit.recipe import Recipe, check_names, resolve
-from soupkit.sources import merge_dtype, wider_dtype
+from soupkit.sources import in_order, merge_dtype, wider_dtype
 from soupkit.tables import dtype_name, name_list
 
 SOUP_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -90,7 +90,7 @@ class Models:
 
     @property
     def with_base(self) -> list[Mapping[str, Described]]:
-        return [*self.ingredients, *([] if self.base is None else [self.base])]
+        return in_order(self.ingredients, self.base)
 
 
 def plan_tensors(

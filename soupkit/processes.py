@@ -1,8 +1,9 @@
 """Tasks in forked processes, for merges of folders: Python's lock makes threads wait for each other between blocks.
 
-A child starts as a copy of this process, so that tasks need not be sent to it, and shares its memory and open files.
-What comes back through a pipe is small: the tasks' results, and counts of values that are not finite. Children end with
-the merge, with the first failure, and with this process, however it ends.
+A child starts as a copy of this process, so that tasks need not be sent to it, with the memory, the open files and
+torch's settings that the process has at that moment. What comes back through a pipe is small: the tasks' results,
+counts of values that are not finite, warnings. Children end with the merge, with the first failure, and with this
+process, however it ends.
 """
 
 from __future__ import annotations
@@ -44,12 +45,14 @@ def run_in_processes(
 ) -> tuple[list[Any], list[Any]]:
     """Run the tasks, begun in their order. Returns their results, and each child's ``report()`` at its end.
 
-    ``advance`` hears of what children have counted in ``shared``. The first exception stops all and is raised.
+    ``advance`` hears of what children have counted in ``shared``. The first exception stops all and is raised; what
+    children warn of, this process warns of in the end, once.
     """
     context = multiprocessing.get_context("fork")
     connections, children = [], []
     results: list[Any] = [None] * len(tasks)
     reports: list[Any] = []
+    warned: dict[tuple[str, type[Warning]], None] = {}  # in the order heard, each once
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of forking: see can_fork
@@ -62,25 +65,28 @@ def run_in_processes(
                 sender.close()
                 connections.append(receiver)
                 children.append(child)
-        told, waiting = 0, list(connections)
+        shown, waiting = 0, list(connections)
         while waiting:
             for connection in wait(waiting, timeout=POLL):
                 assert isinstance(connection, Connection)
                 waiting.remove(connection)
-                done, reported = _received(connection)
+                done, reported, told = _received(connection)
                 for index, result in done:
                     results[index] = result
                 reports.append(reported)
+                warned |= dict.fromkeys(told)
             counted = shared.total()
-            advance(counted - told)
-            told = counted
-        return results, reports
+            advance(counted - shown)
+            shown = counted
     finally:
         shared.stop()
         for connection in connections:  # first, so that no child waits for its words to be read
             connection.close()
         for child in children:
             child.join()
+    for text, category in warned:
+        warnings.warn(text, category, stacklevel=2)
+    return results, reports
 
 
 class SharedCounts:
@@ -130,16 +136,16 @@ def _child(
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops the children
     shared.number = number
-    torch.set_num_threads(1)
     done = []
     try:
-        with torch.no_grad():
+        with warnings.catch_warnings(record=True) as caught:
             while not shared.stopped and (index := shared.take()) < len(tasks):
                 done.append((index, tasks[index]()))
-        words = pickle.dumps((None, done, report()))
+        told = [(str(warning.message), warning.category) for warning in caught]
+        words = pickle.dumps((None, done, report(), told))
     except BaseException as error:
         # Once stopped, another child's failure, or Ctrl-C, is what the parent will raise.
-        words = pickle.dumps((None, [], None)) if shared.stopped else _pickled(error)
+        words = pickle.dumps((None, [], None, [])) if shared.stopped else _pickled(error)
         shared.stop()
     with suppress(OSError):  # the parent has given up
         sender.send_bytes(words)
@@ -147,18 +153,18 @@ def _child(
 
 def _pickled(error: BaseException) -> bytes:
     try:
-        pickled = pickle.dumps((error, [], None))
+        pickled = pickle.dumps((error, [], None, []))
         pickle.loads(pickled)
     except Exception:
-        return pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), [], None))
+        return pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), [], None, []))
     return pickled
 
 
-def _received(connection: Connection) -> tuple[list[tuple[int, Any]], Any]:
+def _received(connection: Connection) -> tuple[list[tuple[int, Any]], Any, list[tuple[str, type[Warning]]]]:
     try:
-        error, done, reported = pickle.loads(connection.recv_bytes())
+        error, done, reported, told = pickle.loads(connection.recv_bytes())
     except EOFError:
         raise MergeError("a process of the merge was killed: is there enough memory? Nothing was written") from None
     if error is not None:
         raise error
-    return done, reported
+    return done, reported, told

@@ -10,6 +10,7 @@ from soupkit.checkpoint import Checkpoint, open_checkpoint
 from soupkit.files import contents_of
 from soupkit.hashing import DEFAULT, check_algorithm, hash_file
 from soupkit.recipe import Recipe
+from soupkit.sources import in_order
 
 VERSION = "0.1.0"
 Hashes = Callable[[Path], Mapping[str, str]]  # a file's hash by the algorithm's name
@@ -31,9 +32,11 @@ def provenance(recipe: Recipe, *, hash: str = DEFAULT, allow_pickle: bool = Fals
 
 def roles(recipe: Recipe) -> list[tuple[str, Any]]:
     """Every model of a recipe with its role, in the order in which the engine reads them."""
-    models = [("ingredient", model) for model in recipe.models]
-    models += [] if recipe.base is None else [("base", recipe.base)]
-    return models + [("fisher", fisher) for fisher in recipe.fishers]
+    return in_order(
+        [("ingredient", model) for model in recipe.models],
+        None if recipe.base is None else ("base", recipe.base),
+        [("fisher", fisher) for fisher in recipe.fishers],
+    )
 
 
 def describe(recipe: Recipe, checkpoints: Sequence[tuple[str, Checkpoint]], hashes: Hashes) -> dict[str, Any]:

@@ -7,10 +7,12 @@ import errno
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from soupkit.checkpoint import folders_of
+from soupkit.errors import MergeError
 from soupkit.files import contents_of
 
 _LIVE: set[Path] = set()  # temporary folders that this process is filling
@@ -19,10 +21,31 @@ _SYNC_FILE_RANGE = getattr(_LIBC, "sync_file_range", None)
 _FALLOCATE = getattr(_LIBC, "fallocate", None)
 
 
+def check_target(out: str | Path, models: Iterable[str | Path], overwrite: bool) -> None:
+    """As :func:`check_output`, and raise MergeError when ``out`` lies in one of the models' folders, or holds one."""
+    out = Path(os.path.abspath(out))
+    home = out.resolve()
+    for model in models:
+        for folder in filter(Path.is_dir, folders_of(str(model))):
+            place = folder.resolve()
+            if place == home or (out.exists() and out.samefile(folder)):
+                raise FileExistsError(f"{out} is one of the models that are merged: choose another output folder")
+            if place in home.parents:
+                raise MergeError(f"{out} lies inside {model}, which is merged: choose an output folder outside it")
+            if home in place.parents:
+                raise MergeError(f"{out} holds {model}, which is merged: choose an output folder that does not")
+    check_output(out, overwrite)
+
+
 def check_output(out: Path, overwrite: bool) -> None:
     """Raise FileExistsError when ``out`` is in the way, or when replacing it would lose more than a checkpoint."""
     if not os.path.lexists(out):
+        above = next((folder for folder in out.absolute().parents if os.path.lexists(folder)), None)
+        if above is not None and not above.is_dir():
+            raise FileExistsError(f"{above} is a file, so {out} cannot be written in it: choose another output folder")
         return
+    if out.is_file():
+        raise FileExistsError(f"{out} is a file, and the output is a folder: choose another output folder")
     if not overwrite:
         raise FileExistsError(f"{out} exists: choose another output folder, or overwrite it (--overwrite)")
     if not _is_only_a_checkpoint(out):
@@ -47,9 +70,9 @@ def published_folder(out: Path, overwrite: bool, *, sync: bool = True) -> Iterat
         raise FileExistsError(f"{out} is being written by this process already: wait, or choose another output folder")
     _remove_leftovers(out.parent, prefix)
     partial = out.parent / f"{prefix}{os.getpid()}"
-    partial.mkdir()
     _LIVE.add(partial)
     try:
+        partial.mkdir()  # in here, since an interrupt may come as soon as it is done
         yield partial
         for path in [*partial.rglob("*"), partial] if sync else []:
             _sync(path)

@@ -43,6 +43,11 @@ NOT_SUPPORTED = {
 
 def read_file(path: Path) -> Any:
     """A recipe file's content (YAML, or JSON by its suffix). Raises MergeError where it is neither."""
+    if path.is_dir():
+        raise MergeError(
+            f"{path} is a folder, where a recipe file belongs: to merge folders without one, name the method beside "
+            "them (python -m soupkit merge --method NAME MODEL ...; in Python, give a soupkit.Recipe)"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -50,7 +55,7 @@ def read_file(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise MergeError(f"{path} cannot be read as text ({error}): give a recipe file") from None
     try:
-        return json.loads(text, object_pairs_hook=_unique) if path.suffix == ".json" else _parse_yaml(text)
+        return json.loads(text, object_pairs_hook=_unique) if path.suffix == ".json" else parse_yaml(text)
     except json.JSONDecodeError as error:
         raise MergeError(f"{path} is not valid JSON ({error})") from None
     except MergeError as error:
@@ -229,7 +234,8 @@ def _reference(value: Any, where: str) -> str:
     return str(value)
 
 
-def _parse_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
+    """What YAML text says. Raises MergeError for what is none, or gives one key two values."""
     import yaml  # here, so that importing soupkit does not pay for it
 
     class Loader(yaml.SafeLoader):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from soupkit.api import Model, average
 from soupkit.errors import MergeError
 from soupkit.options import check_options, without_writing
-from soupkit.publish import check_output
+from soupkit.publish import check_target
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def check_candidates(candidates: Sequence[Model], out: str | Path | None, option
             if not isinstance(candidate, (str, Path)):
                 kind = type(candidate).__name__
                 raise MergeError(f"out={str(out)!r} is for folders, and a candidate is a {kind}: leave it out")
-        check_output(Path(out), bool(options.get("overwrite")))
+        check_target(out, map(str, candidates), bool(options.get("overwrite")))
     average(candidates, progress=False, **(options if out is None else without_writing(options)))
 
 

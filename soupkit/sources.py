@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+Of = TypeVar("Of")
 # read(start, stop) gives the elements [start, stop) of a flattened tensor, valid until the next read.
 Reader = Callable[[int, int], Tensor]
 
@@ -38,6 +39,11 @@ class TensorSource(Protocol):
     @property
     def path(self) -> Path: ...
     def open(self) -> AbstractContextManager[Reader]: ...
+
+
+def in_order(ingredients: Sequence[Of], base: Of | None, fishers: Sequence[Of] = ()) -> list[Of]:
+    """Something of every model, in the one order in which models stand beside their labels."""
+    return [*ingredients, *([] if base is None else [base]), *fishers]
 
 
 def load_tensor(source: TensorSource) -> Tensor:

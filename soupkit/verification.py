@@ -20,6 +20,7 @@ RECORD_FILE = "soup.json"
 # soup.json cannot hold its own hash, and the model card is there to be edited.
 NOT_RECORDED = {RECORD_FILE, "README.md"}
 NOT_CHECKED = "not checked: its folder is absent"
+REMEDY = "get the soup again from where it came from, or merge again"
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,13 @@ class FolderCheck:
 
     @property
     def ok(self) -> bool:
-        """Every recorded file is there as recorded, and no other beside them."""
-        return not self.extra and not any(self.problems.values())
+        """The folder is there, every recorded file is in it as recorded, and no other beside them."""
+        return self.present and not self.changed
+
+    @property
+    def changed(self) -> bool:
+        """The folder is there, and a recorded file is changed or missing, or another is beside them."""
+        return self.present and (bool(self.extra) or any(self.problems.values()))
 
     def __str__(self) -> str:
         title = printable(f"{self.role} {self.label}")
@@ -56,12 +62,31 @@ class Verification:
     ingredients: tuple[FolderCheck, ...] = ()
 
     @property
+    def folders(self) -> tuple[FolderCheck, ...]:
+        """The soup, then its ingredients."""
+        return (self.soup, *self.ingredients)
+
+    @property
     def ok(self) -> bool:
-        """Everything that was to be checked is as recorded; an absent ingredient is not."""
-        return all(check.ok for check in (self.soup, *self.ingredients))
+        """Everything that was to be checked is there, and as recorded."""
+        return all(check.ok for check in self.folders)
+
+    @property
+    def changed(self) -> bool:
+        """Something that is there is not as recorded; what is absent is neither."""
+        return any(check.changed for check in self.folders)
+
+    @property
+    def num_absent(self) -> int:
+        """Ingredients that are not there to be checked."""
+        return sum(not check.present for check in self.ingredients)
 
     def __str__(self) -> str:
-        return "\n".join([*map(str, (self.soup, *self.ingredients)), "ok" if self.ok else "NOT as recorded"])
+        verdict = "NOT as recorded" if self.changed else "ok"
+        if self.num_absent:
+            models = "1 model is" if self.num_absent == 1 else f"{self.num_absent} models are"
+            verdict += f", and {models} absent" if self.changed else f" as far as it was checked: {models} absent"
+        return "\n".join([*map(str, self.folders), verdict])
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
@@ -70,13 +95,15 @@ class Verification:
                 "folder": check.label,
                 "role": check.role,
                 "ok": check.ok,
+                "changed": check.changed,
                 "present": check.present,
                 "problems": dict(check.problems),
                 "extra": list(check.extra),
             }
-            for check in (self.soup, *self.ingredients)
+            for check in self.folders
         ]
-        return {"ok": self.ok, "soup": checks[0], "ingredients": checks[1:]}
+        totals = {"ok": self.ok, "changed": self.changed, "num_absent": self.num_absent}
+        return {**totals, "soup": checks[0], "ingredients": checks[1:]}
 
 
 def verify(folder: str | Path, *, ingredients: bool = False, progress: bool = True) -> Verification:
@@ -84,7 +111,8 @@ def verify(folder: str | Path, *, ingredients: bool = False, progress: bool = Tr
 
     A file may be missing, changed, or extra; README.md and hidden files are left out. Sizes are compared first, so that
     a file of another size is not read. With ``ingredients``, the weight files of every ingredient are checked too, at
-    the paths that the record gives, relative ones from the working directory; one that is no folder here is absent.
+    the paths that the record gives, relative ones from the working directory, else from the soup's folder and those
+    above it; one that is no folder here is absent: not ``ok``, and not ``changed`` either.
     ``progress``: a bar on stderr, in bytes.
 
     Raises MergeError (a ValueError) when there is no soup.json, or one that is damaged or names anything but files of
@@ -99,7 +127,7 @@ def verify(folder: str | Path, *, ingredients: bool = False, progress: bool = Tr
     record = read_record(folder)
     folders = [_Recorded(str(folder), "soup", True, _recorded_files(record, [folder], source))]
     for entry in _ingredients(record, source) if ingredients else []:
-        places = folders_of(entry["folder"])
+        places = folders_of(entry["folder"], folder)
         present = all(place.is_dir() for place in places)
         folders.append(_Recorded(entry["folder"], entry["role"], present, _recorded_files(entry, places, source)))
     problems = _problems({file for recorded in folders if recorded.present for file in recorded.files}, progress)
@@ -123,7 +151,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD_FILE
     if not path.is_file():
         raise MergeError(f"{folder} has no {RECORD_FILE}: only folders that soupkit merged can be verified")
-    return read_json(path)
+    return read_json(path, remedy=REMEDY)
 
 
 class _RecordedFile(NamedTuple):
@@ -147,12 +175,14 @@ def _recorded_files(record: Mapping[str, Any], places: Sequence[Path], source: P
     """The "files" of a record: plain names only, so that nothing outside the folders is looked at."""
     entries = record.get("files")
     if not isinstance(entries, dict) or not entries:
-        raise MergeError(f"{source} lists no files: it is damaged, or of an earlier version; merge again")
+        raise MergeError(f"{source} lists no files, so it is damaged, or of an earlier version: {REMEDY}")
     files = []
     for name, entry in entries.items():
         plain = name.removeprefix(f"{CHAT_TEMPLATES}/")
         if plain in ("", ".", "..") or any(character in plain for character in "/\\:\0"):
-            raise MergeError(f"{source} names the file {name!r}, which is no plain file name: it is damaged or forged")
+            raise MergeError(
+                f"{source} names the file {name!r}, which is no plain file name, so it is damaged or forged: {REMEDY}"
+            )
         entry = entry if isinstance(entry, dict) else {}
         # The strongest hash there is.
         algorithm = next((known for known in ("sha256", *ALGORITHMS) if known in entry), DEFAULT)
@@ -160,7 +190,8 @@ def _recorded_files(record: Mapping[str, Any], places: Sequence[Path], source: P
         form = f"[0-9a-f]{{{ALGORITHMS[algorithm]}}}"
         if type(num_bytes) is not int or not isinstance(digest, str) or not re.fullmatch(form, digest):
             raise MergeError(
-                f"{source} is damaged, or of an earlier version: its entry of the file {name!r} has no bytes and hash"
+                f"{source} is damaged, or of an earlier version (its entry of the file {name!r} has no bytes and "
+                f"hash): {REMEDY}"
             )
         paths = [place / name for place in places]
         path = next((path for path in paths if path.exists()), paths[0])
@@ -175,7 +206,7 @@ def _ingredients(record: Mapping[str, Any], source: Path) -> list[dict[str, str]
         for entry in entries
     )
     if not isinstance(entries, list) or not well_formed:
-        raise MergeError(f"{source} is damaged: its ingredients are not a list of folders with roles")
+        raise MergeError(f"{source} is damaged (its ingredients are not a list of folders with roles): {REMEDY}")
     return entries
 
 

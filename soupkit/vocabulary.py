@@ -37,13 +37,26 @@ class UnifiedVocabulary:
 
     ``tokenizer_json`` is the content of their common tokenizer.json, ``generation_config`` the first checkpoint's with
     its token ids renumbered. The tokenizer's other settings are those of the folder ``companions``, except for files
-    that spell out a vocabulary (VOCABULARY_FILES), which no longer hold.
+    that spell out a vocabulary (VOCABULARY_FILES), which no longer hold. ``sizes`` are the checkpoints' numbers of rows
+    before, ``runs`` where their rows come from.
     """
 
     checkpoints: list[Checkpoint]
     tokenizer_json: dict[str, Any]
     companions: Path
     generation_config: dict[str, Any] | None
+    sizes: list[int]
+    runs: list[tuple[Run, ...]]
+
+    def with_mapped_rows(self, fishers: Sequence[Checkpoint]) -> list[Checkpoint]:
+        """The Fisher estimates of the first checkpoints, one each, in the common rows.
+
+        Rows that a checkpoint has of others have no information: there the others decide.
+        """
+        return [
+            replace(fisher, tensors=_own_rows(index, fisher.tensors, self.sizes[index], self.runs[index]))
+            for index, fisher in enumerate(fishers)
+        ]
 
 
 @dataclass(frozen=True)
@@ -147,7 +160,8 @@ def unify_vocabularies(
     path = checkpoints[0].folder / "generation_config.json"
     require_own_file(checkpoints[0].folder, path)
     generation = _renumbered(read_json(path), vocabularies[0].ids, ids, None) if path.exists() else None
-    return UnifiedVocabulary(unified, common, companions, generation)
+    sizes = [vocabulary.size for vocabulary in vocabularies]
+    return UnifiedVocabulary(unified, common, companions, generation, sizes, runs)
 
 
 @dataclass(frozen=True)
@@ -281,7 +295,7 @@ def _mapped_tensors(index: int, vocabularies: Sequence[_Vocabulary], runs: tuple
     """A checkpoint's tensors with the rows of those that go by the vocabulary in the common order."""
     checkpoint, size = vocabularies[index].checkpoint, vocabularies[index].size
     tensors = dict(checkpoint.tensors)
-    if runs == (Run(0, size, ((index, 0),)),):
+    if _changes_nothing(index, size, runs):
         return tensors
     for name, tensor in checkpoint.tensors.items():
         if size not in tensor.shape:
@@ -302,6 +316,25 @@ def _mapped_tensors(index: int, vocabularies: Sequence[_Vocabulary], runs: tuple
             sources.append(other)
         tensors[name] = MappedRows(tuple(sources), runs, merge_dtype(tensor.dtype), tensor.path)
     return tensors
+
+
+def _own_rows(
+    index: int, tensors: Mapping[str, TensorSource], size: int, runs: tuple[Run, ...]
+) -> dict[str, TensorSource]:
+    """Tensors beside a checkpoint's own, with its own rows in the common order and zeros for the others."""
+    if _changes_nothing(index, size, runs):
+        return dict(tensors)
+    own = tuple(replace(run, parts=tuple((0, row) for number, row in run.parts if number == index)) for run in runs)
+    return {
+        name: MappedRows((tensor,), own, tensor.dtype, tensor.path)
+        if _goes_by_vocabulary(name) and tensor.shape[:1] == (size,)
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _changes_nothing(index: int, size: int, runs: tuple[Run, ...]) -> bool:
+    return runs == (Run(0, size, ((index, 0),)),)
 
 
 def _goes_by_vocabulary(name: str) -> bool:

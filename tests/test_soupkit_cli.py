@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,123 @@ def test_interpolate(folders, tmp_path):
     save_file({"w": torch.tensor([0.0, 1.0])}, Path(folders[1]) / "model.safetensors")
     assert main([*arguments, str(tmp_path / "arc"), "--t", "0.5", "--method", "slerp"]) == 0
     torch.testing.assert_close(weights_of(tmp_path / "arc"), torch.tensor([0.5**0.5, 0.5**0.5]))
+
+
+@pytest.fixture
+def layered(tmp_path: Path) -> dict[str, str]:
+    """Models of three layers of one element each: 0 in the base, 1 in a, 10 in b."""
+    for name, value in (("base", 0.0), ("a", 1.0), ("b", 10.0)):
+        (tmp_path / name).mkdir()
+        state = {f"layers.{layer}.w": torch.tensor([value]) for layer in range(3)}
+        save_file(state, tmp_path / name / "model.safetensors")
+    return {name: str(tmp_path / name) for name in ("base", "a", "b")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["weight=2"], [22, 22, 22]),
+        (["weight=2,0.5"], [7, 7, 7]),
+        (["weight=2, 0.5", "lambda=10", "normalize=false"], [70, 70, 70]),
+        (["weight=1", "normalize=true"], [5.5, 5.5, 5.5]),
+        (["weight=[0, 1]"], [0, 5.5, 11]),  # for both models, over the layers
+        (["weight=[0,1],2"], [20, 20.5, 21]),  # for the first; the second has one value
+        (["weight=[{filter: layers.1, value: 3}, {value: 1}]"], [11, 33, 11]),
+        (['weight=[{"filter": "layers.1", "value": 3}], 1', "lambda=1e-1"], None),  # the first has no other value
+        (["weight=1", "lambda=[1, 2, 4]"], [11, 22, 44]),
+    ],
+)
+def test_settings_on_the_command_line_are_those_of_a_recipe(layered, tmp_path, capsys, settings, expected):
+    options = [word for text in settings for word in ("--set", text)]
+    arguments = ["--method", "task_arithmetic", "--base", layered["base"], layered["a"], layered["b"], *options]
+    code = main(["merge", *arguments, "--quiet", "--out", str(tmp_path / "soup")])
+    if expected is None:
+        assert code == 2
+        assert "parameter 'weight' has no value for tensor 'layers.0.w'" in capsys.readouterr().err
+        return
+    assert code == 0
+    soup = load_file(tmp_path / "soup" / "model.safetensors")
+    assert [soup[f"layers.{layer}.w"].item() for layer in range(3)] == expected
+
+
+BESIDE = "which says by itself what is merged and how: write it there, or spell all out with --method and no file"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RECIPE", "--method", "linear"], f"found --method beside the recipe file RECIPE, {BESIDE}"),
+        (["RECIPE", "--set", "weight=1"], f"found --set beside the recipe file RECIPE, {BESIDE}"),
+        (["RECIPE", "--base", "A", "--tokenizer", "union"], "found --base, --tokenizer beside the recipe file RECIPE"),
+        (["A", "RECIPE", "--method", "linear"], "found --method beside the recipe file RECIPE, which says"),
+        (["RECIPE", "A"], "found A beside the recipe file RECIPE, which says by itself"),
+        (["RECIPE", "RECIPE"], "found RECIPE beside the recipe file RECIPE, which says by itself"),
+        (["A", "B"], "found 2 models without --method: name the method, or give one recipe file alone"),
+        (["A", "--set", "weight=1"], "found --set without --method: name the method, or give one recipe file alone"),
+        (["A"], "A is a folder, where a recipe file belongs: to merge folders without one, name the method beside"),
+        (["none.yaml"], "none.yaml does not exist: give a recipe file"),
+        (["--method", "slerp", "A", "B", "--set", "t=0,0.5,1"],
+         "--set t=0,0.5,1 has 3 values: t takes one value; values over the layers stand in brackets, 't=[0,0.5,1]'"),
+        (["--method", "linear", "A", "B", "--set", "weight=1,2,3"],
+         "--set weight=1,2,3 has 3 values: weight takes one value, or 2 (one per model); values over the layers"),
+        (["--method", "linear", "A", "B", "--set", "weight"], "--set weight lacks a value: write NAME=VALUE, or NAME="),
+        (["--method", "linear", "A", "B", "--set", "weight="], "--set weight= lacks a value: write NAME=VALUE"),
+        (["--method", "linear", "A", "B", "--set", "weight=1,"], "--set weight=1, lacks a value: write NAME=VALUE"),
+        (["--method", "linear", "A", "B", "--set", "weight=1,,2"], "--set weight=1,,2: not valid YAML"),
+        (["--method", "linear", "A", "B", "--set", "weight=[1"], "--set weight=[1: not valid YAML"),
+        (["--method", "linear", "A", "B", "--set", "weight=1,2", "--set", "weight=3"],
+         "--set weight=... is given twice: give it once, with commas for one value per model"),
+        (["--method", "linear", "A", "B", "--set", "weight=many"], "parameter 'weight' is 'many': give a number, a"),
+        (["--method", "linear", "A", "B", "--set", "t=1"], "unknown parameter 't': the parameters of linear are we"),
+    ],
+)  # fmt: skip
+def test_what_merge_does_not_take_together(folders, tmp_path, capsys, arguments, message):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"method: linear\nmodels: [{folders[0]}, {folders[1]}]\n")
+    names = {"RECIPE": str(recipe), "A": folders[0], "B": folders[1]}
+    given = [names.get(word, word) for word in arguments]
+    assert main(["merge", *given, "--out", str(tmp_path / "soup")]) == 2
+    error = capsys.readouterr().err
+    for name, path in names.items():
+        message = re.sub(rf"\b{name}\b", path, message)
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert main(["merge", str(recipe), "--quiet", "--dtype", "float16", "--out", str(tmp_path / "soup")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["average", "a", "b", "--weights", "0.5,0.5"], "--weights: '0.5,0.5' is no number: write 0.5 0.5\n"),
+        (["average", "a", "b", "--weights", "1", "x"], "--weights: 'x' is no number\n"),
+        (["sweep", "a", "b", "--ts", "0,1"], "--ts: '0,1' is no number: write 0 1\n"),
+    ],
+)
+def test_numbers_are_separated_by_spaces(arguments, hint, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--out", "soup"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith(hint)
+
+
+def test_sweep(folders, tmp_path, capsys):
+    ts = ["0", "0.3", "0.30000001", "1.0", "-2"]
+    arguments = ["sweep", *folders[:2], "--quiet", "--out", str(tmp_path / "points"), "--ts"]
+    assert main([*arguments, *ts]) == 0
+    names = ["t=0", "t=0.3", "t=0.30000001", "t=1", "t=-2"]
+    assert capsys.readouterr().out.split() == [str(tmp_path / "points" / name) for name in names]
+    assert [weights_of(tmp_path / "points" / name)[0].item() for name in names[::2]] == pytest.approx([1, 1.6, -3])
+    assert main([*arguments, "0.5", "1", "0.50"]) == 2
+    assert capsys.readouterr().err == "error: t = 0.5 is given twice: give each point once\n"
+
+
+def test_the_same_model_twice_is_warned_of(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["average", "a", "b", "./a", "--quiet", "--out", "soup"]) == 0
+    assert capsys.readouterr().err == "warning: ./a is given twice: each counts as a model of its own\n"
+    assert weights_of(tmp_path / "soup")[0].item() == pytest.approx(5 / 3)
+    assert main(["merge", "--method", "linear", folders[0], "a", "--quiet", "--out", "soup2"]) == 0
+    assert capsys.readouterr().err == "warning: a is given twice: each counts as a model of its own\n"
 
 
 def test_methods_prints_the_table(capsys):
@@ -128,7 +246,12 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out
-    for command in ("average runs/sft1 runs/sft2 --out runs/soup", "--method slerp", "python -m soupkit methods"):
+    for command in (
+        "average runs/sft1 runs/sft2 --out runs/soup",
+        "average base+runs/lora1 base+runs/lora2",
+        "--method slerp",
+        "python -m soupkit methods",
+    ):
         assert command in printed
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -105,8 +106,8 @@ def test_three_levels_agree_for_every_layout(tmp_path, method, dtype, layout):
 def test_shards_are_aligned_and_no_larger_than_asked(tmp_path):
     state = {"flag": torch.tensor([True]), "ids": torch.arange(3), "half": torch.ones(3).half()}
     state |= {f"w{i}": torch.ones(10) for i in range(7)}  # 40 bytes each
-    folder = save(tmp_path / "m", state)
-    out = soupkit.average([folder, folder], out=tmp_path / "soup", max_shard_size=100, progress=False)
+    folders = [save(tmp_path / name, state) for name in ("m", "n")]
+    out = soupkit.average(folders, out=tmp_path / "soup", max_shard_size=100, progress=False)
     files = sorted(out.glob("*.safetensors"))
     assert [path.name for path in files] == [f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4)]
     assert sorted(len(load_file(path)) for path in files) == [2, 2, 2, 4]  # 80 bytes each, and 40 + 24 + 6 + 1
@@ -181,7 +182,7 @@ def test_the_output_folder(tmp_path):
     assert secure == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     assert_same_bits(load(soupkit.merge(recipe, out=tmp_path / "twin", progress=False)), load(out))
     # A soup is an ingredient like any other, and its soup.json is not inherited.
-    again = soupkit.average([out, out], out=tmp_path / "again", progress=False)
+    again = soupkit.average([out, tmp_path / "twin"], out=tmp_path / "again", progress=False)
     assert_same_bits(load(again), load(out))
     assert json.loads((again / "soup.json").read_text())["ingredients"][0]["folder"] == str(out)
 
@@ -263,14 +264,32 @@ def test_a_failed_merge_leaves_nothing_and_loses_nothing(pair, tmp_path, monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "soup"]
 
 
+def test_an_interrupt_right_after_the_folder_was_made_leaves_nothing(pair, tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+
+    def interrupted(self: Path, *arguments, **options):
+        mkdir(self, *arguments, **options)
+        if ".partial-" in self.name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        soupkit.average(pair, out=tmp_path / "soup", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
 def test_only_checkpoints_are_overwritten(pair, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("x")
     (pair[0] / "checkpoint-500").mkdir()
     (tmp_path / "file").write_text("x")
-    for name in ("thesis", "file"):
-        with pytest.raises(FileExistsError, match=f"{name} is not only a checkpoint"):
-            soupkit.average(pair, out=tmp_path / name, overwrite=True, progress=False)
+    with pytest.raises(FileExistsError, match="thesis is not only a checkpoint"):
+        soupkit.average(pair, out=tmp_path / "thesis", overwrite=True, progress=False)
+    for overwrite in (True, False):
+        with pytest.raises(FileExistsError, match="file is a file, and the output is a folder: choose another output"):
+            soupkit.average(pair, out=tmp_path / "file", overwrite=overwrite, progress=False)
+        with pytest.raises(FileExistsError, match=r"file is a file, so .*/file/a/soup cannot be written in it"):
+            soupkit.average(pair, out=tmp_path / "file" / "a" / "soup", overwrite=overwrite, progress=False)
     with pytest.raises(
         FileExistsError, match=r"a is not only a checkpoint \(weights, no sub-folders but chat templates\)"
     ):
@@ -278,6 +297,37 @@ def test_only_checkpoints_are_overwritten(pair, tmp_path):
     with pytest.raises(FileExistsError, match="b is one of the models that are merged"):
         soupkit.average(pair, out=pair[1], overwrite=True, progress=False)
     assert (tmp_path / "thesis" / "chapter1.tex").exists()
+
+
+def test_outputs_inside_and_around_models_are_refused(pair, tmp_path, monkeypatch):
+    base = save(tmp_path / "base", make_state(2))
+    save(tmp_path / "group" / "fisher", make_state(3))
+    (tmp_path / "link").symlink_to(pair[0])
+    before = sorted(path for path in tmp_path.rglob("*"))
+    monkeypatch.setattr("soupkit.api.plan_folders", lambda *_: pytest.fail("work began"))
+    monkeypatch.chdir(tmp_path)
+    ties = Recipe("ties", pair, base=base, parameters={"weight": 1})
+    weighted = Recipe("fisher", pair[:1], fishers=["group/fisher"])
+    borrowed = Recipe("linear", pair[:1], tokenizer=str(base))
+    for recipe, out, message in (
+        (
+            ties,
+            pair[1] / "soup",
+            f"{pair[1]}/soup lies inside {pair[1]}, which is merged: choose an output fold",
+        ),
+        (ties, "b/deep/soup", f"{pair[1]}/deep/soup lies inside {pair[1]}, which is merged"),
+        (ties, "link/soup", f"{tmp_path}/link/soup lies inside {pair[0]}, which is merged"),
+        (ties, "base/soup", f"{base}/soup lies inside {base}, which is merged"),
+        (borrowed, "base/soup", f"{base}/soup lies inside {base}, which is merged"),
+        (weighted, "group", f"{tmp_path}/group holds group/fisher, which is merged: choose an output folder that does"),
+        (weighted, tmp_path, f"{tmp_path} holds {pair[0]}, which is merged"),
+    ):
+        for overwrite in (False, True):
+            with pytest.raises(MergeError, match=f"^{re.escape(message)}"):
+                soupkit.merge(recipe, out=out, overwrite=overwrite, progress=False)
+    with pytest.raises(MergeError, match=r"a/soup lies inside .*/a, which is merged"):
+        soupkit.greedy_soup(pair, lambda _: pytest.fail("work began"), out=pair[0] / "soup", progress=False)
+    assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
 KILLED_MERGE = """

@@ -150,7 +150,8 @@ def test_a_tensor_of_more_than_one_real_piece(tmp_path):
 def test_models_of_other_dtypes_and_the_same_model_twice(tmp_path, small_pieces):
     folders = [save(tmp_path / "a", 0, torch.float32), save(tmp_path / "b", 1)]
     folders.append(folders[0])
-    out = soupkit.average(folders, out=tmp_path / "soup", dtype="float16", progress=False)
+    with pytest.warns(UserWarning, match="a is given twice: each counts as a model of its own"):
+        out = soupkit.average(folders, out=tmp_path / "soup", dtype="float16", progress=False)
     of_models, of_soup = recorded(out)
     assert of_models == [xxh3_tree(folder / "model.safetensors", PIECE) for folder in folders]
     assert of_soup == xxh3_tree(out / "model.safetensors", PIECE)

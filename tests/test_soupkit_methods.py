@@ -480,6 +480,11 @@ BAD_CALLS = {
     "device": (lambda: soupkit.average(["a"], device=1.5), "device 1.5 is unknown: choose cpu, cuda or cuda:N"),
     "hash": (lambda: soupkit.average(["a"], hash="md5"), "unknown hash 'md5': choose one of"),
     "no points": (lambda: soupkit.sweep(ONE, ONE, []), "ts is empty: give at least one t"),
+    "a point twice": (lambda: soupkit.sweep(ONE, ONE, [0, 1, 0.0]), "t = 0.0 is given twice: give each point once"),
+    "an output twice": (
+        lambda: soupkit.sweep("a", "b", [0, 1], outs=["x", "./x"]),
+        "found 2 output folders for 2 values of t: give each one of its own",
+    ),
     "tokenizer": (
         lambda: soupkit.merge(Recipe("linear", [ONE], tokenizer="union")),
         "tokenizer is for folders, and each model is a tensor",

@@ -112,6 +112,14 @@ BY_HAND = {
     "ties, rescaled": (
         "ties", TASKS, ZEROS, HALF | {"rescale": True}, [40 / 7, -8.4, 9.6, (-30 / 7 - 84 / 11) / 2],
     ),
+    # Weighted 1, -2: the second alone, -2 / -0.5; 2, 1.5: both, 3.5 / 0.5; 3, -0.5: the first alone.
+    "ties, a negative weight": (
+        "ties", [[1.0, 2.0, 3.0], [4.0, -3.0, 1.0]], [0.0] * 3, {"weight": [1.0, -0.5], "density": [1.0] * 2},
+        [4.0, 7.0, 3.0],
+    ),
+    "ties, weights that cancel": (
+        "ties", [[2.0, 2.0], [3.0, -3.0]], [0.0] * 2, {"weight": [1.0, -1.0], "density": [1.0] * 2}, [3.0, 5.0],
+    ),
     "ties, all kept": ("ties", TASKS, ZEROS, EVEN | {"density": [1.0] * 3}, [4.0, -4.0, 11 / 3, -4.5]),
     "ties, none kept": ("ties", TASKS, [1.0, 2.0, 3.0, 4.0], EVEN | {"density": [0.0] * 3}, [1.0, 2.0, 3.0, 4.0]),
     "ties, at least one": ("ties", TASKS, ZEROS, EVEN | {"density": [0.01] * 3}, [4.0, 0.0, 8.0, -6.0]),

@@ -7,12 +7,15 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,8 @@ from safetensors.torch import save_file
 
 import soupkit.folder
 from soupkit import Recipe
+from soupkit.blocks import NonFinite
+from soupkit.engine import Progress, run, run_forked
 from soupkit.hashing import hash_file
 from soupkit.processes import can_fork
 
@@ -247,19 +252,50 @@ def test_a_merge_ends_with_a_child_that_is_killed(models, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_tasks_run_under_the_same_settings_wherever_they_run():
+    def bar() -> Progress:
+        return Progress(0, "", shown=False)
+
+    tasks = [lambda: (torch.get_num_threads(), torch.is_grad_enabled())] * 3
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = [run(tasks, 1, bar()), run(tasks, 2, bar()), run_forked(tasks, 2, bar(), NonFinite())]
+        assert found == [[(1, False)] * 3] * 3
+        assert (torch.get_num_threads(), torch.is_grad_enabled()) == (2, True)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_children_warn_of_is_told_once(models, tmp_path, monkeypatch):
+    row = soupkit.METHODS["linear"]
+
+    def warning(blocks, weight, normalize):
+        warnings.warn(f"a block of {len(blocks.ingredients)} models", UserWarning, stacklevel=1)
+        return row.function(blocks, weight, normalize)
+
+    monkeypatch.setitem(soupkit.METHODS, "linear", replace(row, function=warning))
+    monkeypatch.setattr("soupkit.folder.WORTH_FORKING", 0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        soupkit.average(models[:2], out=tmp_path / "soup", num_threads=2, progress=False)
+    assert [(str(warning.message), warning.category) for warning in caught] == [("a block of 2 models", UserWarning)]
+
+
 def test_processes_give_the_same_soup_and_the_same_counts(models, tmp_path, monkeypatch):
     tensors = {"w": torch.randn(300, 2000), "v": torch.ones(5)}
     tensors["w"][7, 7], tensors["v"][0] = torch.nan, torch.inf
     (tmp_path / "odd").mkdir()
     save_file(tensors, tmp_path / "odd" / "model.safetensors")
-    odd = [tmp_path / "odd"] * 2
+    shutil.copytree(tmp_path / "odd", tmp_path / "odder")
+    odd = [tmp_path / "odd", tmp_path / "odder"]
     assert can_fork()
     ties = Recipe("ties", models[1:], base=models[0], parameters={"weight": 1, "density": 0.3})
     records = []
     for name, worth_forking in (("forked", 0), ("threads", 10**9)):
         monkeypatch.setattr("soupkit.folder.WORTH_FORKING", worth_forking)
         soupkit.merge(ties, out=tmp_path / name, num_threads=2, progress=False)
-        with pytest.raises(soupkit.MergeError, match=r"tensor '[wv]' of .*/odd holds NaN or infinite values"):
+        with pytest.raises(soupkit.MergeError, match=r"tensor '[wv]' of .*/odd(der)? holds NaN or infinite values"):
             soupkit.average(odd, out=tmp_path / "refused", num_threads=2, progress=False)
         with pytest.warns(UserWarning, match="2 NaN or infinite values, in 'v', 'w'"):
             soupkit.average(odd, out=tmp_path / f"{name}2", num_threads=2, progress=False, allow_nonfinite=True)

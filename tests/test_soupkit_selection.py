@@ -180,7 +180,10 @@ def test_greedy_refuses(candidates, evaluate, options, message, tmp_path, monkey
 
 def test_greedy_refuses_an_existing_folder_before_it_evaluates(tmp_path):
     folders = [save(tmp_path / name, {"weight": torch.zeros(1)}) for name in "ab"]
-    with pytest.raises(FileExistsError, match=r"b exists: choose another output folder"):
+    (tmp_path / "c").mkdir()
+    with pytest.raises(FileExistsError, match=r"c exists: choose another output folder"):
+        greedy_soup(folders, never, out=tmp_path / "c", progress=False)
+    with pytest.raises(FileExistsError, match=r"b is one of the models that are merged: choose another output folder"):
         greedy_soup(folders, never, out=tmp_path / "b", progress=False)
 
 

@@ -973,8 +973,10 @@ def test_bad_calls_of_merge_adapters(tmp_path):
     for adapters, weights, message in cases:
         with pytest.raises(MergeError, match=message):
             merge_adapters(adapters, weights, tmp_path / "soup")
-    with pytest.raises(FileExistsError, match="is one of the ingredients"):
+    with pytest.raises(FileExistsError, match="is one of the models that are merged: choose another output folder"):
         merge_adapters([first], None, first, overwrite=True)
+    with pytest.raises(MergeError, match=f"^{first}/soup lies inside {first}, which is merged: choose an output"):
+        merge_adapters([first], None, first / "soup")
     assert not (tmp_path / "soup").exists()
     out = merge_adapters([first], None, tmp_path / "soup")
     assert (out / "tokenizer.json").exists()
@@ -989,6 +991,8 @@ def test_average_of_adapter_folders_is_an_adapter(tmp_path, base):
     out = soupkit.average(folders, [1, 3], out=tmp_path / "soup", progress=False)
     twin = merge_adapters(folders, [1, 3], tmp_path / "twin")
     assert (out / "adapter_model.safetensors").read_bytes() == (twin / "adapter_model.safetensors").read_bytes()
+    with pytest.warns(UserWarning, match="a is given twice: each counts as a model of its own"):
+        soupkit.average([*folders, folders[0]], out=tmp_path / "thrice", progress=False)
     with pytest.raises(MergeError, match="dtype is no option for LoRA adapters"):
         soupkit.average(folders, out=tmp_path / "other", dtype="bfloat16")
     with pytest.raises(MergeError, match="the average of LoRA adapters is an adapter folder: give out"):
@@ -1061,12 +1065,42 @@ def test_merges_with_the_tokenizer_of_one_model_and_with_the_union(tmp_path):
         soupkit.merge(replace(recipe, tokenizer=None), progress=False)
     rows = {"base": [101, 100], "union": [101, 100, 102]}
     for tokenizer, expected in rows.items():
-        out = soupkit.merge(replace(recipe, tokenizer=tokenizer), out=tmp_path / tokenizer / "soup", progress=False)
+        out = soupkit.merge(replace(recipe, tokenizer=tokenizer), out=tmp_path / f"of-{tokenizer}", progress=False)
         assert load_file(out / "model.safetensors")[EMBED][:, 0].tolist() == expected
         assert json.loads((out / "config.json").read_text())["vocab_size"] == len(expected)
         ids = json.loads((out / "tokenizer.json").read_text())["model"]["vocab"]
         assert ids == dict(zip("bac", range(len(expected)), strict=False))
         assert soupkit.verify(out, progress=False).ok
+
+
+def write_fisher(folder: Path, rows: list[float]) -> Path:
+    """The same information for all of a row of the embeddings, and of the head."""
+    embedding = torch.tensor(rows)[:, None].expand(-1, 17).contiguous()
+    return write(folder, {EMBED: embedding, "norm.weight": torch.ones(17), HEAD: embedding.clone()})
+
+
+def test_fisher_estimates_follow_the_vocabulary(tmp_path):
+    models = [
+        vocabulary_checkpoint(tmp_path / "1", ["a", "b", "c"], 5, 1, head=True),  # two rows of padding
+        vocabulary_checkpoint(tmp_path / "2", ["b", "a", "d"], 3, 2, head=True),
+        vocabulary_checkpoint(tmp_path / "3", ["a", "d"], 2, 3, head=True),
+    ]
+    information = ([1.0, 2.0, 3.0, 7.0, 5.0], [4.0, 1.0, 8.0], [2.0, 24.0])
+    fishers = [write_fisher(tmp_path / f"f{n}", rows) for n, rows in enumerate(information, start=1)]
+    recipe = Recipe("fisher", [*map(str, models)], fishers=[*map(str, fishers)], tokenizer="union")
+    soup = soupkit.merge(recipe, progress=False)
+    # a: (100 + 201 + 2 · 300) / 4; b: (2 · 101 + 4 · 200) / 6; c in the first alone; d: (8 · 202 + 24 · 301) / 32,
+    # where the first's row 3 has no say, though it was padding with an information of 7; the padding that remains.
+    expected = [225.25, 167, 102, 276.25, 104]
+    assert soup[EMBED][:, 0].tolist() == expected
+    assert soup[HEAD][:, 0].tolist() == [-x for x in expected]
+    # Of equal sizes, in another order: shapes alone would not have shown it.
+    first, second = (
+        vocabulary_checkpoint(tmp_path / name, [*name], 2, seed, head=True) for name, seed in (("ab", 1), ("ba", 2))
+    )
+    fishers = [write_fisher(tmp_path / f"f-{name}", rows) for name, rows in (("ab", [1.0, 2.0]), ("ba", [4.0, 1.0]))]
+    recipe = Recipe("fisher", [str(first), str(second)], fishers=[*map(str, fishers)], tokenizer="base")
+    assert soupkit.merge(recipe, progress=False)[EMBED][:, 0].tolist() == [150.5, 167]
 
 
 def test_new_tokens_keep_their_order(tmp_path):

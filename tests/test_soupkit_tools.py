@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from safetensors.torch import save_file
 
 import soupkit
 from soupkit import hashing, inspection, verification
+from soupkit.__main__ import main
 from soupkit.card import code, fenced, hub_ids_of, model_card
 from soupkit.diff import diff
 from soupkit.errors import MergeError
-from soupkit.inspection import count_layers, inspect
+from soupkit.inspection import KEYS_OF_SIZE, count_layers, inspect
 from soupkit.layers import layer_name
 from soupkit.method_page import example_recipe, method_page
 from soupkit.methods import METHODS, Method, Parameter
@@ -254,6 +256,14 @@ def test_what_does_not_fit_is_told():
     printed = str(found)
     for line in ("v is 1 in a, 3 in b", "only in a: only", "only in b: other", "base: w", "dtypes differ: h"):
         assert line in printed
+    total = printed.split("\n\n")[1].splitlines()
+    assert re.fullmatch(r"tensors left out +1 only in a, 1 only in b, 1 of other shapes", total[1])
+    assert re.fullmatch(r"elements +4", total[2])
+    place = next(number for number, line in enumerate(total) if line.startswith("tensors not in the base, left out "))
+    assert total[place].endswith(" 1")
+    assert total[place + 1].startswith("‖a−base‖ ")
+    assert "left out" not in str(quietly({"w": a["w"]}, {"w": b["w"]}, base={"w": b["w"]}))
+    assert re.search(r"\ntensors left out +3 only in b\n", str(quietly({"w": a["w"]}, a)))
 
 
 def test_the_most_different_tensors_come_first():
@@ -620,15 +630,55 @@ def test_ingredients_changed_and_moved_away(soup):
     assert not found.ingredients[1].present
     assert not found.ingredients[1].ok
     assert f"base {soup.parent / 'b'}: absent, 1 files not checked" in str(found)
+    assert str(found).splitlines()[-1] == "NOT as recorded, and 1 model is absent"
+    assert (found.changed, found.num_absent) == (True, 1)
 
 
-def test_relative_ingredients_are_looked_for_from_here(soup, monkeypatch):
+def test_absent_is_told_apart_from_changed(soup, capsys):
+    def run(*options: str) -> tuple[int, str]:
+        code = main(["verify", str(soup), "--quiet", *options])
+        return code, capsys.readouterr().out.splitlines()[-1]
+
+    assert run("--ingredients") == (0, "ok")
+    (soup.parent / "b").rename(soup.parent / "elsewhere")
+    found = check(soup, ingredients=True)
+    assert (found.ok, found.changed, found.num_absent) == (False, False, 1)
+    assert [(part["ok"], part["changed"]) for part in found.to_dict()["ingredients"]] == [(True, False), (False, False)]
+    assert (found.to_dict()["changed"], found.to_dict()["num_absent"]) == (False, 1)
+    assert run() == (0, "ok")
+    assert run("--ingredients") == (3, "ok as far as it was checked: 1 model is absent")
+    (soup.parent / "a" / "model.safetensors").unlink()
+    assert run("--ingredients") == (1, "NOT as recorded, and 1 model is absent")
+    (soup.parent / "a").rmdir()
+    assert run("--ingredients") == (3, "ok as far as it was checked: 2 models are absent")
+    (soup / "config.json").write_text("")
+    assert run() == (1, "NOT as recorded")
+
+
+def test_relative_ingredients_are_found_from_here_and_from_the_soup(soup, tmp_path_factory, monkeypatch):
     record = json.loads((soup / "soup.json").read_text())
-    record["ingredients"][0]["folder"] = "a"
+    record["ingredients"][0]["folder"], record["ingredients"][1]["folder"] = "models/a", "../b"
     (soup / "soup.json").write_text(json.dumps(record))
-    monkeypatch.chdir(soup.parent)
+    (soup.parent / "models").mkdir()
+    (soup.parent / "a").rename(soup.parent / "models" / "a")
+    (soup.parent / "runs").mkdir()
+    soup = soup.rename(soup.parent / "runs" / "soup")
+    (soup.parent.parent / "b").rename(soup.parent / "b")
+    # Merged in the project's folder and in a folder of it, run from elsewhere, and moved all together.
     assert check(soup, ingredients=True).ok
+    moved = soup.parent.parent.rename(tmp_path_factory.mktemp("new") / "project")
+    soup = moved / "runs" / "soup"
     monkeypatch.chdir(soup)
+    assert check(Path(), ingredients=True).ok
+    # What is nearer counts, and the working directory first.
+    (soup.parent / "models" / "a").mkdir(parents=True)
+    (soup.parent / "models" / "a" / "model.safetensors").write_bytes(b"another")
+    assert check(soup, ingredients=True).changed
+    monkeypatch.chdir(moved)
+    assert check("runs/soup", ingredients=True).ok
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    for found in (soup.parent / "models", moved / "models"):
+        found.rename(found.parent / "gone")
     assert not check(soup, ingredients=True).ingredients[0].present
 
 
@@ -661,7 +711,7 @@ def test_nothing_outside_the_folder_is_read(soup, monkeypatch, name, of_ingredie
     else:
         write_record(soup, files)
     monkeypatch.setattr(verification, "hash_file", lambda path, *_: pytest.fail(f"{path} was read"))
-    with pytest.raises(MergeError, match="is no plain file name: it is damaged or forged"):
+    with pytest.raises(MergeError, match="is no plain file name, so it is damaged or forged: get the"):
         check(soup, ingredients=of_ingredient)
 
 
@@ -688,12 +738,13 @@ GOOD = {"bytes": 1, "sha256": "0" * 64}
     ("content", "message"),
     [
         (None, "has no soup.json: only folders that soupkit merged can be verified"),
+        ("{", "): get the soup again from where it came from, or merge again"),
         ("{", "soup.json is not valid JSON"),
         ("[" * 100_000, "soup.json is not valid JSON"),
         ("[]", "soup.json holds no JSON object"),
         ("{}", "soup.json lists no files"),
         ('{"files": {}}', "soup.json lists no files"),
-        (json.dumps({"files": {"f": 3}}), "its entry of the file 'f' has no bytes and hash"),
+        (json.dumps({"files": {"f": 3}}), "its entry of the file 'f' has no bytes and hash): get the soup again"),
         (json.dumps({"files": {"f": GOOD | {"bytes": True}}}), "its entry of the file 'f' has no bytes and hash"),
         (json.dumps({"files": {"f": GOOD | {"sha256": "0" * 63}}}), "its entry of the file 'f'"),
         (json.dumps({"files": {"f": GOOD | {"sha256": 0}}}), "its entry of the file 'f'"),
@@ -872,6 +923,33 @@ def test_the_page_is_printed_by_its_module():
     assert done.returncode == 0, done.stderr
     assert done.stdout == method_page()
     assert done.stderr == ""
+
+
+# --- page of tools ---
+
+
+def test_the_page_of_tools_explains_every_row_column_and_exit_code(checkpoints):
+    page = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8").replace(r"\|", "|")
+    a = {"w": torch.tensor([1.0, 2.0]), "v": torch.ones(1), "u": torch.ones(1), "h": torch.ones(2)}
+    b = {"w": torch.tensor([1.0, 3.0]), "v": torch.ones(2), "x": torch.ones(1), "h": torch.ones(2) * 2}
+    rows, columns = set(), set()
+    for base in (None, {"w": torch.zeros(2)}):
+        _, total, table = str(quietly(a, b, base=base)).split("\n\n")[:3]
+        rows |= {re.split(r" {2,}", line)[0] for line in total.splitlines()[1:]}
+        columns |= set(re.split(r" {2,}", table.splitlines()[0])[1:])
+    assert {"tensors left out", "tensors not in the base, left out", "cosine of a and b"} <= rows
+    assert {"task cos", "same sign", "equal", "‖a−b‖/‖a‖"} <= columns
+    in_other_words = {"cosine of a and b": "a·b / (‖a‖ ‖b‖)", "equal elements": "| equal |"}
+    for text in rows | columns:
+        assert in_other_words.get(text, text) in page, text
+    for name in ("first", "gpt2"):
+        for line in str(inspect(checkpoints[name])).splitlines()[1:]:
+            row = re.split(r" {2,}", line)[0]
+            assert row in page or row.replace(" ", "_") in KEYS_OF_SIZE, row
+    for exit_code in (0, 1, 2, 3, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+        assert f"| {int(exit_code)} |" in page
+    for name in ("README.md", "docs/checkpoints.md"):
+        assert "tools.md" in (ROOT / name).read_text(encoding="utf-8")
 
 
 # --- tables ---

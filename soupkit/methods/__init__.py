@@ -48,7 +48,11 @@ _RANDOM = (
     "the keep probability is a multiple of 2⁻¹⁶; random numbers are a function of seed, tensor name, model and position"
 )
 _RANKS = "; ranks are by magnitudes to 5 bits down to 2⁻¹⁶ of a row's largest (equal ones share the mean rank)"
-_SIGNS = "; the sign is elected by the weighted sum, + where it is 0"
+_SIGNS = (
+    "; the sign is elected by the weighted sum, + where it is 0; a model of negative weight votes for −dᵢ and adds it, "
+    "and with normalize its weight is negative in the divisor Σ_A wᵢ too, which near 0 makes values large (where it is "
+    "0, nothing is divided)"
+)
 
 METHODS: dict[str, Method] = {
     "linear": Method(
@@ -65,7 +69,8 @@ METHODS: dict[str, Method] = {
         summary="point on the great circle between two models, tensor by tensor",
         formula="(sin((1−t)θ) a + sin(tθ) b) / sin θ, with cos θ = a·b / (‖a‖ ‖b‖)",
         paper="Shoemake 1985, Animating rotation with quaternion curves, https://doi.org/10.1145/325334.325242",
-        departures="vectors keep their length; the straight line is taken for |cos θ| > 0.9995 and for zeros",
+        departures="vectors keep their length; the straight line is taken for zeros and for |cos θ| > 0.9995, as "
+        "between most fine-tunings of one model: there arc and line are about 1/8000 of the length apart, or less",
         parameters={"t": _T},
         min_ingredients=2,
         max_ingredients=2,
@@ -76,7 +81,8 @@ METHODS: dict[str, Method] = {
         summary="slerp by weights, of models or task vectors, for whole tensors, rows or columns",
         formula="slerp with t = w₂ / (w₁ + w₂); with a base, of x − base, and the base added",
         paper="mergekit, https://github.com/arcee-ai/mergekit",
-        departures="the straight line is taken where 1 − cos² θ ≤ 10⁻¹²",
+        departures="the straight line is taken where 1 − cos² θ ≤ 10⁻¹², so that, unlike slerp, it goes along the arc "
+        "between fine-tunings of one model too; their task vectors, with a base, have the larger angles",
         parameters={
             "weight": _WEIGHT,
             "nuslerp_flatten": Parameter("one angle for the whole tensor", bool, True),

@@ -13,7 +13,7 @@ from torch import Tensor
 from soupkit.methods.averages import normalised, weighted_sum
 from soupkit.methods.row import Blocks, Whole
 
-# Beyond this |cos| the arc and the chord are equal to float32 precision, while 1/sin(angle) loses digits.
+# Beyond this |cos| arc and chord are at most 1/cos(θ/2) − 1, 1/8000 of a length, apart: less than bfloat16 shows.
 COLLINEAR = 0.9995
 
 
@@ -41,7 +41,9 @@ def slerp(blocks: Blocks, t: float, gram: Tensor) -> Tensor:
 
     θ is the angle between the two whole tensors, flattened. The straight line is taken where there is no usable angle:
     |cos θ| > 0.9995 (antipodal tensors too: every great circle joins them, so none is chosen, and the line passes
-    through 0 half-way) or a tensor of zeros. t outside [0, 1] goes on along the circle.
+    through 0 half-way) or a tensor of zeros. t outside [0, 1] goes on along the circle. Fine-tunings of one model are
+    mostly closer than that limit, and slerp is the straight line between them; between their task vectors, which
+    nuslerp takes when it has the base, the angle matters.
     """
     cosine = float(gram[0, 1] / (gram[0, 0].sqrt() * gram[1, 1].sqrt()))
     if not abs(cosine) <= COLLINEAR:  # also true of NaN
@@ -63,7 +65,10 @@ def survey_nuslerp(whole: Whole, nuslerp_flatten: bool, nuslerp_row_wise: bool, 
 def nuslerp(
     blocks: Blocks, weight: Sequence[float], nuslerp_flatten: bool, nuslerp_row_wise: bool, products: Tensor | None
 ) -> Tensor:
-    """Slerp with t = w₂ / (w₁ + w₂), of the models or, with a base, of the task vectors; by tensor, row or column."""
+    """Slerp with t = w₂ / (w₁ + w₂), of the models or, with a base, of the task vectors; by tensor, row or column.
+
+    The straight line is taken where 1 − cos² θ ≤ 10⁻¹² or a vector is zero: slerp's limit does not hold here.
+    """
     total = sum(weight)
     t = weight[1] / total if abs(total) >= 1e-6 else 0.5
     directions = blocks.take_directions()

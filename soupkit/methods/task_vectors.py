@@ -267,11 +267,11 @@ def _keep_cuts(delta: Tensor, density: float, epsilon: float) -> Tensor:
     keys = delta.abs().float().view(torch.int32) >> (23 - RANK_BITS)
     first_bins = RANK_BINS * torch.arange(num_rows, dtype=torch.int32, device=delta.device)[:, None]
     lowest = keys.amax(dim=1, keepdim=True) - (RANK_BINS - 1)
-    keys = torch.maximum(keys - (lowest - first_bins), first_bins).view(-1)
-    counts = torch.bincount(keys, minlength=num_rows * RANK_BINS).view(num_rows, RANK_BINS)
-    mean_ranks = counts.cumsum(dim=1) - (counts + 1).double() / 2
+    keys = torch.maximum(keys.sub_(lowest - first_bins), first_bins).view(-1)
+    counts = torch.bincount(keys, minlength=num_rows * RANK_BINS).view(num_rows, RANK_BINS).double()
+    mean_ranks = counts.cumsum(dim=1).sub_(counts.add_(1).div_(2))
     least, spread = (density - epsilon, 2 * epsilon / (num_columns - 1)) if num_columns > 1 else (density, 0.0)
-    cuts = (RANDOM_VALUES * (least + spread * mean_ranks)).round_().clamp_(0, RANDOM_VALUES)
+    cuts = mean_ranks.mul_(spread).add_(least).mul_(RANDOM_VALUES).round_().clamp_(0, RANDOM_VALUES)
     return cuts.to(delta.dtype).view(-1).index_select(0, keys).view_as(delta)
 
 
