@@ -2,24 +2,29 @@
 
     python -m rlhf.ppo                    # the built-in task: minutes on two cores, nothing to download
     python -m rlhf.ppo --policy sft1 --reference sft1 sft2 --reward reward --prompts prompts.jsonl --output run
+    accelerate launch -m rlhf.ppo ...     # several processes: the same learning curve
 
 One update: sample responses, score them, measure the KL to the reference, turn both into token rewards, estimate
 advantages, then train policy and value model on minibatches. With one folder the reference is a plain model, with
-several their average.
+several their average; --reference_kind has others.
 
 Departures from the PPO of Ziegler et al. 2019 (arXiv 1909.08593) and Stiennon et al. 2020 (arXiv 2009.01325):
 
 - Responses end at the end-of-sequence token instead of having a fixed length; tokens after it do not exist, and the
   score belongs to the last token that does. Prompts are padded on the left, and masked, never compared with the pad id.
 - A response that does not end has ``missing_eos_penalty`` subtracted from its score, not its score replaced.
-- The old log-probabilities come from a forward pass over the finished responses, the same computation as in training,
-  so that the first ratio is 1; those captured while sampling are compared with it (``sampling_gap``).
+- In float32 the old log-probabilities are those of the states kept while sampling, which training repeats to rounding
+  (the first ratio is 1 to 1e-5: ``ratio_deviation_first``). In bf16, or on request, a forward pass scores the finished
+  responses again, and what sampling said is compared with it (``sampling_gap``).
 - Token rewards are whitened only on request, advantages once per batch, with the biased variance.
 - Policy and value model are separate networks with their own AdamW (eps 1e-5, no weight decay), so there is no value
-  coefficient. Gradients are clipped; learning rates rise over a few updates and fall linearly to a tenth, not to 0.
+  coefficient; ``value_model=shared`` puts a head on the policy's trunk, and then there is one. Gradients are clipped;
+  learning rates rise over a few updates and fall linearly to a tenth, not to 0.
+- A minibatch whose loss or gradient is not finite, or whose mean ratio is above ``max_ratio``, is skipped and counted.
 - Held-out responses are sampled at the training temperature, so that their KL is that of the distribution trained.
+- An adaptive β follows the exact KL to the reference, not its estimate from sampled tokens.
 - Other defaults: temperature 1 (not 0.7), 2 passes of 2 minibatches (not 4 of 1), AdamW's β₂ 0.99; scores standardised
-  over the reward model's training responses, not over fresh samples of the reference.
+  over the reward model's training responses, and over fresh samples of the reference only by ``normalize_rewards``.
 - Every loss is a mean over the response tokens of a minibatch (Σ over tokens / their number), whatever their lengths.
 
 A run folder holds ``config.yaml``, ``metrics.jsonl`` (one object an update), ``timings.jsonl``, ``samples.jsonl``,
