@@ -8,8 +8,9 @@ end-of-sequence token, so that training sees the same boundary between prompt an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.conversations import Chat, read_conversation
-from rlhf.rows import read_rows
+from rlhf.rows import Row, read_rows
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and one response to it, end-of-sequence token included."""
+    """A prompt and one response to it, end-of-sequence token included; ``where`` is the file and line it came from."""
 
     prompt_ids: list[int]
     response_ids: list[int]
+    where: str | None = field(default=None, compare=False)
 
     @property
     def token_ids(self) -> list[int]:
@@ -43,10 +45,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to one prompt, the first preferred."""
+    """Two responses to one prompt, the first preferred; by how much, ``margin`` may say, in units of the reward."""
 
     chosen: Example
     rejected: Example
+    margin: float | None = None
 
 
 def _render(where: str, chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -109,35 +112,46 @@ def _fit(where: str, example: Example, max_tokens: int | None) -> Example:
             f"{where}: prompt of {len(example.prompt_ids)} tokens leaves no room for a response in {max_tokens}; "
             "shorten it"
         )
-    return Example(example.prompt_ids, example.response_ids[:room])
+    return replace(example, response_ids=example.response_ids[:room])
 
 
 def _load_answered(
     source: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, fields: Sequence[str]
-) -> list[list[Example]]:
-    """For every row, the prompt with the response of each field."""
-    rows = []
+) -> Iterator[tuple[list[Example], Row]]:
+    """For every row, the prompt with the response of each field, and the row itself."""
     for where, row in read_rows(source):
         prompt, responses = read_conversation(where, row, fields)
         prompt_ids = _encode_prompt(where, prompt, tokenizer).token_ids
-        examples = [Example(prompt_ids, _encode_response(response, tokenizer)) for response in responses]
-        rows.append([_fit(where, example, max_tokens) for example in examples])
-    return rows
+        examples = [Example(prompt_ids, _encode_response(response, tokenizer), where) for response in responses]
+        yield [_fit(where, example, max_tokens) for example in examples], row
+
+
+def _margin(where: str | None, row: Row) -> float | None:
+    """A pair's margin, where it has one."""
+    margin = row.get("margin")
+    if margin is None:
+        return None
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise ValueError(f"{where}: field 'margin' must be a finite number; found {margin!r}")
+    return float(margin)
 
 
 def load_examples(
     source: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
 ) -> list[Example]:
     """Demonstrations (a prompt and ``response``); longer ones lose the end of the response."""
-    examples = [example for (example,) in _load_answered(source, tokenizer, max_tokens, ["response"])]
+    examples = [example for (example,), _ in _load_answered(source, tokenizer, max_tokens, ["response"])]
     if not examples:
         raise ValueError(f"{source}: no examples; expected rows with prompt or messages, and response")
     return examples
 
 
 def load_pairs(source: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None) -> list[Pair]:
-    """Preference pairs (a prompt, ``chosen`` and ``rejected``), cut as examples are."""
-    pairs = [Pair(*both) for both in _load_answered(source, tokenizer, max_tokens, ["chosen", "rejected"])]
+    """Preference pairs (a prompt, ``chosen`` and ``rejected``, perhaps a number ``margin``), cut as examples are."""
+    pairs = [
+        Pair(chosen, rejected, _margin(chosen.where, row))
+        for (chosen, rejected), row in _load_answered(source, tokenizer, max_tokens, ["chosen", "rejected"])
+    ]
     if not pairs:
         raise ValueError(f"{source}: no pairs; expected rows with prompt or messages, chosen and rejected")
     return pairs

@@ -18,6 +18,7 @@ from rlhf.config import PPOConfig
 from rlhf.reward_model import RewardModelConfig
 from rlhf.sft import SFTConfig
 
+STAGE = ("stage", "stage_folder", "training")
 NEEDED = ["--model", "m", "--data", "d", "--output", "o"]
 
 
@@ -170,7 +171,7 @@ def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
         ([], "required: --model, --data, --output"),
         ([*NEEDED, "--epochs", "0"], r"epochs=0\.0: must be greater than 0"),
         ([*NEEDED, "--batch-size", "0"], "batch_size=0"),
-        ([*NEEDED, "--micro-batch-size", "7"], "micro_batch_size=7 does not divide batch_size=32"),
+        ([*NEEDED, "--micro-batch-size", "0"], "micro_batch_size=0: must be at least 1"),
         ([*NEEDED, "--learning-rate", "-1"], r"learning_rate=-1\.0"),
         ([*NEEDED, "--warmup-fraction", "1"], r"warmup_fraction=1\.0: must be at least 0 and below 1"),
         ([*NEEDED, "--adam-beta1", "1"], r"adam_beta1=1\.0"),
@@ -244,8 +245,8 @@ def settings_read(*modules: str) -> set[str]:
     ("config_class", "modules"),
     [
         (PPOConfig, ("ppo", "setup", "run_folder", "config")),
-        (SFTConfig, ("sft", "training")),
-        (RewardModelConfig, ("reward_model", "training")),
+        (SFTConfig, ("sft", *STAGE)),
+        (RewardModelConfig, ("reward_model", *STAGE)),
     ],
 )
 def test_every_setting_is_read_somewhere(config_class: Any, modules: tuple[str, ...]) -> None:

@@ -80,6 +80,18 @@ def test_responses_end_with_the_end_of_sequence_token(tmp_path: Path, chat_token
     assert load_examples(path, chat_tokenizer)[0].token_ids == [BOS, *ids("a b c"), EOS]
 
 
+def test_margins_of_pairs(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    path = write(tmp_path, "pairs.jsonl", row, {**row, "margin": 2}, {**row, "margin": None})
+    pairs = load_pairs(path, tokenizer)
+    assert [pair.margin for pair in pairs] == [None, 2.0, None]
+    assert [pair.chosen.where for pair in pairs] == [f"{path}:{line}" for line in (1, 2, 3)]
+    for margin in (float("nan"), "1", True):
+        bad = write(tmp_path, "bad.jsonl", {**row, "margin": margin})
+        with pytest.raises(ValueError, match=r"bad\.jsonl:1: field 'margin' must be a finite number; found"):
+            load_pairs(bad, tokenizer)
+
+
 def test_pairs_share_their_prompt(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = write(tmp_path, "pairs.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c d"})
     prompt = [BOS, *ids("a")]

@@ -1,10 +1,9 @@
-"""Supervised fine-tuning and reward modelling: gradients, schedules, masks and statistics."""
+"""The loop that the two stages share: schedules, gradients, micro-batches, precision, errors."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,32 +11,44 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BOS, EOS, LETTERS, PAD, WORDS, make_llama, random_examples
+from helpers import BOS, EOS, PAD, random_examples
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from rlhf import reward_model, sft
-from rlhf.command_line import run_command
+from rlhf import training
 from rlhf.data import Example, Pair
-from rlhf.evaluation import evaluate_loss
+from rlhf.data_parallel import DataParallel
+from rlhf.micro_batches import batch_rows, split_by_length
 from rlhf.models import load_causal_lm, load_scalar_head_model
-from rlhf.reward_model import bradley_terry_loss, score_examples, score_pairs, train_reward_model
-from rlhf.rewards import ModelReward
-from rlhf.sft import finetune, response_nll
-from rlhf.training import OptimizationConfig, minimise, warmup_then_cosine
+from rlhf.reward_model import pair_objective
+from rlhf.sft import demonstration_objective, finetune
+from rlhf.training import Objective, Optimization, OptimizationConfig, learning_rate_factor, make_optimizer, minimise
 
-EXAMPLES = random_examples(seed=1, num=8)
-PAIRS = [Pair(Example(a.prompt_ids, a.response_ids), b) for a, b in zip(EXAMPLES[:4], EXAMPLES[4:], strict=True)]
+EXAMPLES = random_examples(seed=1, num=8, longest=12)
+PAIRS = [Pair(a, Example(a.prompt_ids, b.response_ids)) for a, b in zip(EXAMPLES[:4], EXAMPLES[4:], strict=True)]
+
+
+def factors(num_steps: int, **settings: Any) -> list[float]:
+    config = OptimizationConfig(**settings)
+    return [learning_rate_factor(step, num_steps, config) for step in range(num_steps)]
 
 
 def test_learning_rate_warms_up_and_decays_to_a_tenth() -> None:
-    factors = [warmup_then_cosine(step, 13, warmup_fraction=0.15) for step in range(13)]
-    assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1])  # round(13 · 0.15) = 2 steps of warm-up
-    assert factors[-1] == pytest.approx(0.1)
-    assert factors[7] == pytest.approx(0.55)  # half-way between step 2 and step 12
-    assert factors[2:] == sorted(factors[2:], reverse=True)
-    assert warmup_then_cosine(0, 1, warmup_fraction=0.05) == 1
-    assert [warmup_then_cosine(step, 2, 0.0) for step in (0, 1)] == pytest.approx([1, 0.1])
+    cosine = factors(13, warmup_fraction=0.15)
+    assert cosine[:3] == pytest.approx([1 / 3, 2 / 3, 1])  # round(13 · 0.15) = 2 steps of warm-up
+    assert cosine[-1] == pytest.approx(0.1)
+    assert cosine[7] == pytest.approx(0.55)  # half-way between step 2 and step 12
+    assert cosine[2:] == sorted(cosine[2:], reverse=True)
+    assert factors(1) == [1]
+    assert factors(2, warmup_fraction=0.0) == pytest.approx([1, 0.1])
+
+
+def test_other_schedules() -> None:
+    linear = factors(6, warmup_fraction=0.17, lr_schedule="linear", final_lr_fraction=0.2)
+    assert linear == pytest.approx([0.5, 1, 0.8, 0.6, 0.4, 0.2])
+    assert factors(4, warmup_fraction=0.25, lr_schedule="constant") == [0.5, 1, 1, 1]
+    assert factors(3, warmup_fraction=0.0, final_lr_fraction=0.0) == pytest.approx([1, 0.5, 0])
 
 
 class Line(nn.Module):
@@ -48,19 +59,25 @@ class Line(nn.Module):
         self.w = nn.Parameter(torch.tensor([0.5]))
 
 
-def squares(model: Line, xs: Tensor, ys: Tensor, batches: list[list[int]]) -> Callable[[Tensor], tuple[Tensor, int]]:
-    def loss_sum(indices: Tensor) -> tuple[Tensor, int]:
-        batches.append(indices.tolist())
-        return ((model.w * xs[indices] - ys[indices]) ** 2).sum(), len(indices)
+def objective_of(losses: Callable[[Tensor], tuple[Tensor, Tensor]], num_items: int) -> Objective:
+    """Items of one row of one token each."""
+    return Objective(lambda items: losses(torch.tensor(list(items))), [1] * num_items, [1] * num_items)
 
-    return loss_sum
+
+def squares(model: Line, xs: Tensor, ys: Tensor, batches: list[list[int]] | None = None) -> Objective:
+    def losses(items: Tensor) -> tuple[Tensor, Tensor]:
+        if batches is not None:
+            batches.append(items.tolist())
+        return (model.w * xs[items] - ys[items]) ** 2, torch.ones(len(items))
+
+    return objective_of(losses, len(xs))
 
 
 def test_minimise_reports_mean_losses_of_every_step_and_finds_the_minimum() -> None:
     model, batches = Line(), []  # type: ignore[var-annotated]
     xs = torch.linspace(1, 2, 10)
     config = OptimizationConfig(epochs=30, batch_size=5, learning_rate=0.1)
-    losses = minimise(model, squares(model, xs, 3 * xs, batches), 10, config, description="fit")
+    losses = minimise(model, squares(model, xs, 3 * xs, batches), config, description="fit")
     assert len(losses) == len(batches) == 60
     expected = sum((0.5 * float(xs[i]) - 3 * float(xs[i])) ** 2 for i in batches[0]) / 5
     assert losses[0] == pytest.approx(expected, rel=1e-5)
@@ -74,7 +91,7 @@ def test_minimise_reports_mean_losses_of_every_step_and_finds_the_minimum() -> N
 def test_number_of_steps(epochs: float, num_steps: int) -> None:
     model = Line()
     config = OptimizationConfig(epochs=epochs, batch_size=3)
-    losses = minimise(model, squares(model, torch.ones(10), torch.ones(10), []), 10, config, description="fit")
+    losses = minimise(model, squares(model, torch.ones(10), torch.ones(10)), config, description="fit")
     assert len(losses) == num_steps
 
 
@@ -82,31 +99,30 @@ def test_first_adam_step_has_the_size_of_the_scheduled_learning_rate() -> None:
     model = Line()
     config = OptimizationConfig(epochs=20, batch_size=10, learning_rate=0.01, warmup_fraction=0.2)
     steps: list[float] = []
-    inner = squares(model, torch.ones(10), 100 * torch.ones(10), [])
 
-    def loss_sum(indices: Tensor) -> tuple[Tensor, int]:
+    def losses(items: Tensor) -> tuple[Tensor, Tensor]:
         steps.append(model.w.item())
-        return inner(indices)
+        return (model.w - 100) ** 2 * torch.ones(len(items)), torch.ones(len(items))
 
-    minimise(model, loss_sum, 10, config, description="fit")
+    minimise(model, objective_of(losses, 10), config, description="fit")
     # 20 steps, 4 of warm-up; a gradient that keeps its sign and (clipped) size moves Adam by the learning rate
     sizes = [after - before for before, after in pairwise(steps)]
-    expected = [0.01 * warmup_then_cosine(step, 20, 0.2) for step in range(19)]
+    expected = [0.01 * factor for factor in factors(20, warmup_fraction=0.2)[:19]]
     assert sizes == pytest.approx(expected, rel=1e-2)
     assert sizes[:4] == pytest.approx([0.002, 0.004, 0.006, 0.008], rel=1e-2)
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 1, 2])
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 2, 3])
 def test_a_step_follows_the_mean_over_terms_not_items(
     monkeypatch: pytest.MonkeyPatch, micro_batch_size: int | None
 ) -> None:
     """Plain gradient descent in Adam's place shows the gradients. Item i counts as i + 1 terms of (w − i)² each."""
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, **_: torch.optim.SGD(groups, lr))
     model, terms, batches = Line(), torch.arange(1, 5), []  # type: ignore[var-annotated]
 
-    def loss_sum(indices: Tensor) -> tuple[Tensor, int]:
-        batches.append(indices.tolist())
-        return (terms[indices] * (model.w - indices) ** 2).sum(), int(terms[indices].sum())
+    def losses(items: Tensor) -> tuple[Tensor, Tensor]:
+        batches.append(items.tolist())
+        return terms[items] * (model.w - items) ** 2, terms[items]
 
     config = OptimizationConfig(
         epochs=2,
@@ -116,158 +132,237 @@ def test_a_step_follows_the_mean_over_terms_not_items(
         warmup_fraction=0,
         max_grad_norm=1e9,
     )
-    losses = minimise(model, loss_sum, 4, config, description="fit")
+    means = minimise(model, objective_of(losses, 4), config, description="fit")
     # mean loss Σ (i + 1)(w − i)² / 10, gradient 2 Σ (i + 1)(w − i) / 10 = 2w − 4; two steps, of 0.1 and a tenth of it
-    assert losses[0] == pytest.approx((0.25 + 2 * 0.25 + 3 * 2.25 + 4 * 6.25) / 10)
+    assert means[0] == pytest.approx((0.25 + 2 * 0.25 + 3 * 2.25 + 4 * 6.25) / 10)
     w = 0.5 - 0.1 * (2 * 0.5 - 4)
     assert model.w.item() == pytest.approx(w - 0.01 * (2 * w - 4))
-    assert len(batches) == 2 * 4 // (micro_batch_size or 4)
+    assert len(batches) == 2 * math.ceil(4 / (micro_batch_size or 4))
 
 
-def test_a_loss_that_is_not_finite_stops_training() -> None:
+def test_decay_leaves_norms_and_biases_alone(checkpoints: dict[str, Path]) -> None:
+    model = load_causal_lm(checkpoints["gpt2"])
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(model, OptimizationConfig(learning_rate=0.1, weight_decay=0.5))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # without gradients, decay is all that moves: w · (1 − 0.1 · 0.5)
+    for name, parameter in model.named_parameters():
+        spared = name.endswith("bias") or ".ln_" in name
+        assert torch.allclose(parameter, before[name] * (1.0 if spared else 0.95), atol=1e-7), name
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"max_items": 2}, [[3, 0], [1, 4], [2]]),
+        ({"max_tokens": 10}, [[3], [0, 1], [4, 2]]),
+        ({"max_tokens": 20, "rows": 2}, [[3], [0, 1], [4, 2]]),
+        ({"max_tokens": 16, "max_items": 2}, [[3, 0], [1, 4], [2]]),
+        ({"max_tokens": 7}, [[3], [0], [1], [4, 2]]),  # the widest has 8 by itself
+        ({}, [[3, 0, 1, 4, 2]]),
+    ],
+)
+def test_micro_batches_by_hand(limits: dict[str, int], expected: list[list[int]]) -> None:
+    assert split_by_length([0, 1, 2, 3, 4], [5, 4, 1, 8, 3], **limits) == expected
+
+
+def test_a_block_is_as_wide_as_its_longest_row_and_masks_what_does_not_count() -> None:
+    long_prompt, long_response = (
+        Example([1, 5, 6, 7], [8, 2]),
+        Example([1, 9], [10, 11, 12, 2]),
+    )
+    batch = batch_rows([long_prompt, long_response], pad_token_id=0)
+    assert batch.tokens.tolist() == [[1, 5, 6, 7, 8, 2], [1, 9, 10, 11, 12, 2]]
+    assert batch.attention_mask.all()
+    assert batch.num_prompt_tokens == 2
+    assert batch.response_mask.tolist() == [[False, False, True, True], [True, True, True, True]]
+    padded = batch_rows([long_prompt, Example([1, 5], [2])], pad_token_id=0)
+    assert padded.attention_mask[1].tolist() == [True] * 3 + [False] * 3
+    assert padded.response_mask[1].tolist() == [True, False, False, False]
+
+
+LIMITS: list[dict[str, int]] = [
+    {"micro_batch_size": 1},
+    {"micro_batch_size": 3},
+    {"micro_batch_tokens": 30},
+    {"micro_batch_tokens": 40, "micro_batch_size": 2},
+]
+
+
+def gradient(optimization: Optimization) -> dict[str, Tensor]:
+    """The gradient of the first batch, not yet divided, with the weights left as they are."""
+    optimization._accumulate(optimization._own_items(0), 0)
+    return {name: p.grad.clone() for name, p in optimization.model.named_parameters() if p.grad is not None}
+
+
+def objective_for(kind: str, checkpoints: dict[str, Path]) -> tuple[nn.Module, Objective]:
+    if kind == "pairs":
+        scalar = load_scalar_head_model(checkpoints["reward"])
+        return scalar, pair_objective(scalar, PAIRS, PAD)
+    model = load_causal_lm(checkpoints["first"])
+    return model, demonstration_objective(model, EXAMPLES, PAD)
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.parametrize("kind", ["demonstrations", "pairs"])
+def test_micro_batches_sorted_by_length_give_the_gradient_of_the_whole_batch(
+    checkpoints: dict[str, Path], kind: str, limits: dict[str, int]
+) -> None:
+    config = OptimizationConfig(batch_size=8 if kind == "demonstrations" else 4)
+    results = {}
+    for name, settings in {"whole": config, "split": replace(config, **limits)}.items():
+        model, objective = objective_for(kind, checkpoints)
+        optimization = Optimization(model.train(), objective, settings, description="fit")
+        results[name] = torch.cat([tensor.flatten() for tensor in gradient(optimization).values()]).double()
+    whole, split = results["whole"], results["split"]
+    assert torch.linalg.vector_norm(split - whole) < 1e-6 * torch.linalg.vector_norm(whole)
+    assert (split - whole).abs().max() < 1e-6 * whole.abs().max()
+
+
+def test_sorting_leaves_less_padding_and_counts_it(checkpoints: dict[str, Path]) -> None:
+    rows = [Example([BOS], [EOS] * length) for length in (1, 9, 1, 9)]
+    model = load_causal_lm(checkpoints["first"])
+
+    def first_step(**settings: int) -> training.Step:
+        config = OptimizationConfig(batch_size=4, **settings)  # type: ignore[arg-type]
+        return Optimization(model, demonstration_objective(model, rows, PAD), config, description="fit").step(0)
+
+    whole, by_two, by_tokens = first_step(), first_step(micro_batch_size=2), first_step(micro_batch_tokens=20)
+    assert [whole.num_tokens, whole.num_computed] == [24, 40]
+    assert [by_two.num_tokens, by_two.num_computed] == [by_tokens.num_tokens, by_tokens.num_computed] == [24, 24]
+    assert whole.num_terms == by_two.num_terms == 20
+
+
+def test_pairs_count_both_sides_as_rows(checkpoints: dict[str, Path]) -> None:
+    pair = Pair(Example([BOS], [5, EOS]), Example([BOS], [5, 6, 7, 8, EOS]))
+    model = load_scalar_head_model(checkpoints["reward"])
+    step = Optimization(model, pair_objective(model, [pair], PAD), OptimizationConfig(), description="fit").step(0)
+    assert (step.num_terms, step.num_tokens, step.num_computed) == (32, 32 * 9, 32 * 12)  # one pair, 32 times
+
+
+@pytest.mark.parametrize("kind", ["demonstrations", "pairs"])
+def test_activation_checkpointing_computes_layers_twice_and_changes_nothing(
+    checkpoints: dict[str, Path], kind: str
+) -> None:
+    gradients, calls = [], []
+    for activated in (False, True):
+        model, objective = objective_for(kind, checkpoints)
+        forwards = 0
+
+        def count(*_: object) -> None:
+            nonlocal forwards
+            forwards += 1
+
+        for module in model.modules():
+            if isinstance(module, LlamaMLP):
+                module.register_forward_pre_hook(count)  # a hook after it would miss an early stop
+        config = OptimizationConfig(batch_size=4, activation_checkpointing=activated)
+        gradients.append(gradient(Optimization(model.train(), objective, config, description="fit")))
+        calls.append(forwards)
+    assert calls == [2, 4]  # two layers, run again in the backward pass
+    for name, tensor in gradients[0].items():
+        assert torch.equal(gradients[1][name], tensor), name
+
+
+def test_activation_checkpointing_where_the_model_has_none(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    config = OptimizationConfig(activation_checkpointing=True)
+    with pytest.raises(
+        ValueError, match="activation_checkpointing: LlamaForCausalLM does not support it; leave it off"
+    ):
+        finetune(load_causal_lm(checkpoints["first"]), EXAMPLES, config, pad_token_id=PAD)
+
+
+def test_bf16_trains_near_float32_with_float32_weights(checkpoints: dict[str, Path]) -> None:
+    config = OptimizationConfig(epochs=2, batch_size=8, learning_rate=1e-3)
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        model = load_causal_lm(checkpoints["first"])
+        settings = replace(config, precision=precision)
+        losses[precision] = finetune(model, EXAMPLES, settings, pad_token_id=PAD)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["bf16"] != pytest.approx(losses["fp32"], rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_examples() -> None:
+    model, values = Line(), torch.ones(4)
+    values[2] = torch.nan
+
+    def losses(items: Tensor) -> tuple[Tensor, Tensor]:
+        return model.w * values[items], torch.ones(len(items))
+
+    objective = replace(objective_of(losses, 4), where=lambda item: f"pairs.jsonl:{item + 1}")
+    for settings in ({}, {"micro_batch_size": 1}):
+        config = OptimizationConfig(batch_size=4, **settings)  # type: ignore[arg-type]
+        message = (
+            r"^fit: the loss is nan at step 1 from pairs\.jsonl:3; lower the learning rate, or look at these examples$"
+        )
+        with pytest.raises(ValueError, match=message):
+            minimise(model, objective, config, description="fit")
+
+
+def test_a_gradient_that_is_not_finite_names_the_step_and_the_examples() -> None:
+    """√w at w = 0 has the value 0 and an infinite slope."""
     model = Line()
-    with pytest.raises(ValueError, match="fit: the loss is nan at step 1; lower the learning rate"):
-        minimise(
-            model,
-            squares(model, torch.ones(4), torch.full((4,), torch.nan), []),
-            4,
-            OptimizationConfig(),
-            description="fit",
+    with torch.no_grad():
+        model.w.zero_()
+
+    def losses(items: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.stack([model.w[0].sqrt() if i == 1 else model.w[0] for i in items.tolist()]), torch.ones(
+            len(items)
         )
 
-
-def weights_after(micro_batch_size: int | None, checkpoint: Path) -> tuple[list[float], dict[str, Tensor]]:
-    model = load_causal_lm(checkpoint)
-    config = OptimizationConfig(epochs=2, batch_size=8, micro_batch_size=micro_batch_size, learning_rate=1e-3)
-    losses = finetune(model, EXAMPLES, config, pad_token_id=PAD)
-    return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
-def test_micro_batches_of_unequal_length_train_like_the_whole_batch(
-    checkpoints: dict[str, Path], micro_batch_size: int
-) -> None:
-    losses, weights = weights_after(None, checkpoints["first"])
-    micro_losses, micro_weights = weights_after(micro_batch_size, checkpoints["first"])
-    assert micro_losses == pytest.approx(losses, rel=1e-5)
-    start = load_causal_lm(checkpoints["first"]).state_dict()
-    for name, tensor in weights.items():
-        # Adam's first steps amplify rounding where a gradient is near 0: compare moves, not signs of noise
-        moved, micro_moved = tensor - start[name], micro_weights[name] - start[name]
-        assert (moved - micro_moved).abs().mean() < 0.02 * moved.abs().mean(), name
+    with pytest.raises(
+        ValueError, match=r"^fit: the gradient norm is inf at step 1 from item 1; lower the learning rate"
+    ):
+        minimise(model, objective_of(losses, 3), OptimizationConfig(batch_size=3), description="fit")
+    assert model.w.item() == 0  # nothing was stepped
 
 
-def manual_nll(model: nn.Module, example: Example) -> float:
-    """−Σ log p of the response, from a forward over the unpadded row."""
-    logits = model(torch.tensor([example.token_ids])).logits[0].detach()
-    first = len(example.prompt_ids)
-    predicted = logits.log_softmax(-1)[first - 1 : -1]
-    return -sum(float(predicted[t, token]) for t, token in enumerate(example.response_ids))
+def test_many_broken_examples_are_counted() -> None:
+    model = Line()
+    objective = objective_of(lambda items: (model.w * torch.full((len(items),), torch.inf), torch.ones(len(items))), 6)
+    with pytest.raises(ValueError, match=r"inf at step 1 from item \d, item \d, item \d and 3 more;"):
+        minimise(model, objective, OptimizationConfig(batch_size=6), description="fit")
 
 
-@pytest.mark.parametrize("name", ["first", "gpt2"])
-def test_sft_loss_counts_response_tokens_alone(checkpoints: dict[str, Path], name: str) -> None:
-    model = load_causal_lm(checkpoints[name])
-    total, count = response_nll(model, EXAMPLES, PAD)
-    expected = [manual_nll(model, example) for example in EXAMPLES]
-    assert total.item() == pytest.approx(sum(expected), rel=1e-5)
-    assert count == sum(len(example.response_ids) for example in EXAMPLES)
-    for batch_size in (1, 3, 100):
-        estimate = evaluate_loss(model, EXAMPLES, PAD, batch_size=batch_size)
-        assert estimate.mean == pytest.approx(sum(expected) / count, rel=1e-5)
-        assert 0 < estimate.stderr < estimate.mean
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr_schedule": "step"}, "lr_schedule='step': must be one of cosine, linear, constant"),
+        ({"precision": "fp16"}, "precision='fp16': must be one of fp32, bf16"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens=0: must be at least 1"),
+        ({"final_lr_fraction": 1.5}, "final_lr_fraction=1.5: must lie between 0 and 1"),
+        ({"learning_rate": math.inf}, "learning_rate=inf: must be greater than 0 and finite"),
+        ({"weight_decay": 1.0}, "weight_decay=1.0: must be at least 0 and below 1"),
+        ({"seed": -1}, "seed=-1: must not be negative"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimizationConfig(**settings)
 
 
-def test_fine_tuning_learns_and_is_the_same_twice(checkpoints: dict[str, Path]) -> None:
-    config = OptimizationConfig(epochs=25, batch_size=4, learning_rate=1e-2, seed=1)
-    losses = [finetune(load_causal_lm(checkpoints["first"]), EXAMPLES, config, pad_token_id=PAD) for _ in range(2)]
-    assert losses[0] == losses[1]
-    assert losses[0][-1] < 0.5 * losses[0][0]
-    other_order = finetune(load_causal_lm(checkpoints["first"]), EXAMPLES, replace(config, seed=2), pad_token_id=PAD)
-    assert other_order[0] != losses[0][0]
+class Deals(DataParallel):
+    """Two processes of which only this one runs."""
+
+    def summed(self, values: Sequence[float]) -> list[float]:
+        return list(values)
 
 
-def test_bradley_terry_by_hand() -> None:
-    # −log σ(0) = ln 2; −log σ(ln 3) = −log ¾; −log σ(−ln 3) = −log ¼; and linear, not infinite, far out
-    chosen = torch.tensor([1.0, math.log(3), 0.0, 0.0])
-    rejected = torch.tensor([1.0, 0.0, math.log(3), 1000.0])
-    expected = [math.log(2), math.log(4 / 3), math.log(4), 1000]
-    assert bradley_terry_loss(chosen, rejected).tolist() == pytest.approx(expected)
-
-
-def test_the_reward_models_loss_is_bradley_terry_over_pairs(checkpoints: dict[str, Path]) -> None:
-    model = load_scalar_head_model(checkpoints["reward"])
-    chosen, rejected = score_pairs(model, PAIRS, PAD, batch_size=3)
-    differences = [float(c - r) for c, r in zip(chosen, rejected, strict=True)]
-    expected = sum(math.log1p(math.exp(-d)) for d in differences) / len(PAIRS)
-    config = OptimizationConfig(epochs=1, batch_size=len(PAIRS))
-    assert train_reward_model(model, PAIRS, config, pad_token_id=PAD) == [pytest.approx(expected, rel=1e-4)]
-
-
-def test_scores_of_pairs_do_not_depend_on_the_batch(checkpoints: dict[str, Path]) -> None:
-    model = load_scalar_head_model(checkpoints["reward"])
-    chosen, rejected = score_pairs(model, PAIRS, PAD, batch_size=2)
-    for scores, sides in ((chosen, [p.chosen for p in PAIRS]), (rejected, [p.rejected for p in PAIRS])):
-        alone = [score_examples(model, [side], EOS).item() for side in sides]
-        assert scores.tolist() == pytest.approx(alone, abs=1e-5)
-
-
-def test_a_trained_reward_model_prefers_and_is_standardised(checkpoints: dict[str, Path]) -> None:
-    letters = [WORDS.index(letter) for letter in LETTERS]
-    good, bad = letters[0], letters[1]
-    pairs = [Pair(Example([BOS, x], [good, x, EOS]), Example([BOS, x], [bad, x, x, EOS])) for x in letters[2:]]
-    model = load_scalar_head_model(checkpoints["reward"])
-    config = OptimizationConfig(epochs=20, batch_size=6, learning_rate=1e-2)
-    losses = train_reward_model(model, pairs, config, pad_token_id=PAD)
-    assert losses[-1] < 0.1
-    assert reward_model.accuracy(model, pairs, PAD) == 1
-    scores = torch.cat(score_pairs(model, pairs, PAD))
-    reward = ModelReward(model)
-    standardised = (scores - reward.mean) / reward.std
-    assert standardised.mean().item() == pytest.approx(0, abs=1e-5)
-    assert standardised.std().item() == pytest.approx(1, abs=1e-4)
-
-
-def test_ties_are_not_correct() -> None:
-    class Constant(nn.Module):
-        model = type("Inner", (), {"device": "cpu"})
-
-        def forward(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-            return torch.zeros(tokens.shape)
-
-    assert reward_model.accuracy(Constant(), PAIRS, PAD) == 0  # type: ignore[arg-type]
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def test_sft_command(checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = write_rows(tmp_path / "data.jsonl", [{"prompt": "a", "response": f"{x} b"} for x in LETTERS])
-    arguments = ["--model", str(checkpoints["first"]), "--data", data, "--test-data", data]
-    settings = ["--epochs", "10", "--batch-size", "7", "--learning-rate", "1e-2"]
-    for name in ("sft", "again"):
-        assert run_command(sft.main, [*arguments, *settings, "--output", str(tmp_path / name)]) == 0
-    out = capsys.readouterr().out
-    assert "20 steps on 14 demonstrations, training loss" in out
-    assert "nats per response token" in out
-    model, again = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("sft", "again"))
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
-    assert not torch.equal(model.lm_head.weight, make_llama(1).lm_head.weight)
-
-
-def test_reward_model_command(checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"prompt": x, "chosen": "a", "rejected": "b c"} for x in LETTERS]
-    data = write_rows(tmp_path / "pairs.jsonl", rows)
-    arguments = ["--model", str(checkpoints["first"]), "--data", data, "--test-data", data]
-    settings = ["--epochs", "10", "--batch-size", "7", "--learning-rate", "1e-2"]
-    for name in ("reward", "again"):
-        assert run_command(reward_model.main, [*arguments, *settings, "--output", str(tmp_path / name)]) == 0
-    assert "held-out accuracy 1.000 on 14 pairs" in capsys.readouterr().out
-    models = [load_scalar_head_model(tmp_path / name) for name in ("reward", "again")]
-    assert torch.equal(models[0].head.weight, models[1].head.weight)  # the seed draws the new head as well
-    config = models[0].model.config
-    assert (config.num_labels, config.score_std > 0) == (1, True)
-    assert ModelReward(models[0]).mean == config.score_mean != 0
+def test_processes_deal_a_batch_out_by_length() -> None:
+    model, widths = Line(), [3, 9, 1, 7, 5, 8]
+    objective = Objective(lambda items: (model.w.expand(len(items)), torch.ones(len(items))), widths, widths)
+    config = OptimizationConfig(batch_size=6)
+    shares = [
+        Optimization(model, objective, config, description="fit", processes=Deals(rank, 2))._own_items(0)
+        for rank in (0, 1)
+    ]
+    assert [[widths[item] for item in share] for share in shares] == [[9, 7, 3], [8, 5, 1]]
+    with pytest.raises(ValueError, match="batch_size=1: fewer examples than the 2 processes"):
+        Optimization(model, objective, OptimizationConfig(batch_size=1), description="fit", processes=Deals(0, 2))

@@ -29,7 +29,20 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf import data, masking, models, randomness, reward_model, rewards, rollout, sft, training
+from rlhf import (
+    data,
+    decoding,
+    logprobs,
+    masking,
+    micro_batches,
+    models,
+    randomness,
+    reward_model,
+    rewards,
+    rollout,
+    sft,
+    training,
+)  # fmt: skip
 from rlhf.checkpointing import cache_directory, publishing, save_model
 from rlhf.data import Example, Pair, Prompt
 from rlhf.evaluation import evaluate_loss
@@ -174,7 +187,10 @@ def version(sizes: Sizes = FULL) -> str:
     """A hash of all that decides what a task contains: the sizes, and the sources that make it."""
     digest = hashlib.sha256(json.dumps(asdict(sizes)).encode())
     own = [Path(__file__), *(Path(str(module.__file__)) for module in (gold, grammar, tokenizer))]
-    used = (data, masking, models, randomness, reward_model, rewards, rollout, sft, training)
+    used = (
+        data, decoding, logprobs, masking, micro_batches, models, randomness, reward_model, rewards, rollout, sft,
+        training,
+    )  # fmt: skip
     for path in [*own, *(Path(str(module.__file__)) for module in used)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
