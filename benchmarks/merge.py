@@ -315,7 +315,7 @@ def _round(
             "floor_fsync": [*floor, "--fsync"],
             "import": [*python, "-c", "import soupkit"],
             "soupkit": [*python, "-m", "soupkit", *_soupkit_arguments(recipe, output)],
-            "soupkit_sync": [*python, THIS, "launch", recipe, "--output", output, "--sync"],
+            "soupkit_sync": [sys.executable, THIS, "launch", recipe, "--output", output, "--sync"],
         }
         if mergekit_python:
             options = ["--no-copy-tokenizer", "--random-seed", "0", "--quiet"]
