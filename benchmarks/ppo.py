@@ -165,7 +165,7 @@ def run(options: argparse.Namespace) -> None:
     """Time updates in interleaved rounds, and save what is there after each round."""
     folder, task = next(iter(_tasks(options.folder).items()))
     cases = _cases(options, _known_settings())
-    setting = _setting(options.trl_python) | {"task": task, "updates": options.updates}
+    setting = _setting(options.trl_python) | {"task": task, "updates": options.updates, "cases": cases}
     entry = _entry(options.output, "run", options.resume, setting) or setting | {"threads": {}}
     for threads in options.threads:
         series = entry["threads"].setdefault(str(threads), {"rounds": []})

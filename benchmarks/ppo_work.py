@@ -216,56 +216,56 @@ def ours(options: argparse.Namespace) -> None:
 
 
 def load_ours(options: argparse.Namespace) -> Record:
-    """The memory of a process that has loaded what a run loads."""
+    """The memory of a process that has loaded as many models as a run holds."""
     import rlhf.ppo  # noqa: F401
     from rlhf.models import load_causal_lm, load_scalar_head_model
-    from rlhf.reference import load_reference
 
-    folder = options.folder
-    models: list[Any] = [load_causal_lm(folder / "sft1"), load_reference([folder / "sft1", folder / "sft2"])]
+    models: list[Any] = [load_causal_lm(options.folder / name) for name in ("sft1", "soup")]
     num_scalar_models = 2 if options.value_model == "separate" else 1
-    models += [load_scalar_head_model(folder / "reward") for _ in range(num_scalar_models)]
+    models += [load_scalar_head_model(options.folder / "reward") for _ in range(num_scalar_models)]
     return {"loaded_bytes": resident_bytes(), "models": len(models)}
 
 
 def run_ours(options: argparse.Namespace) -> Record:
-    """One run through its configuration, with as little beside the updates as it allows."""
+    """One run of ``python -m rlhf.ppo`` in this process, with as little beside the updates as it allows."""
     from rlhf.config import PPOConfig
-    from rlhf.ppo import train
+    from rlhf.ppo import main as run_ppo
 
     folder, task = options.folder, Task.read(options.folder)
-    # A version without the setting has the separate model only.
-    known = "value_model" in {field.name for field in fields(PPOConfig)}
-    value_model = {"value_model": options.value_model} if known else {}
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
-        config = PPOConfig(
-            policy=str(folder / "sft1"),
-            reference=[str(folder / "sft1"), str(folder / "sft2")],
-            reward=str(folder / "reward"),
-            prompts=str(folder / "prompts.jsonl"),
-            test_prompts=str(folder / "prompts.jsonl"),
-            output=str(run),
-            updates=options.updates,
-            batch_size=task.episodes,
-            ppo_epochs=task.epochs,
-            minibatch_size=task.episodes // task.minibatches,
-            max_new_tokens=task.new_tokens,
-            temperature=task.temperature,
-            learning_rate=LEARNING_RATE,
-            value_learning_rate=LEARNING_RATE,
-            eval_episodes=2,
-            num_samples=0,
-            checkpoint_every=0,
-            **value_model,
-        )
+        given = {
+            "policy": folder / "sft1",
+            "reference": [folder / "sft1", folder / "sft2"],
+            "reward": folder / "reward",
+            "prompts": folder / "prompts.jsonl",
+            "test_prompts": folder / "prompts.jsonl",
+            "output": run,
+            "updates": options.updates,
+            "batch_size": task.episodes,
+            "ppo_epochs": task.epochs,
+            "minibatch_size": task.episodes // task.minibatches,
+            "max_new_tokens": task.new_tokens,
+            "temperature": task.temperature,
+            "learning_rate": LEARNING_RATE,
+            "value_learning_rate": LEARNING_RATE,
+            "eval_episodes": 2,
+            "num_samples": 0,
+        }
+        # A version without this setting has the separate model only.
+        if "value_model" in {field.name for field in fields(PPOConfig)}:
+            given["value_model"] = options.value_model
         with peaks_of_run(run / "timings.jsonl", options.updates) as peaks:
-            train(config)
+            run_ppo([part for name, value in given.items() for part in _flag(name, value)])
         timings, metrics = (_read_lines(run / f"{name}.jsonl") for name in ("timings", "metrics"))
     for row in metrics:
         _require_work(task, "ours", row["response_length"], row["optimizer_steps"])
     updates = [{phase: row[phase] for phase in PHASES} for row in timings]
     return _with_totals(updates) | peaks.record()
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 
 def _read_lines(path: Path) -> list[Record]:
