@@ -27,6 +27,7 @@ from measuring import (
     Record,
     add_command,
     add_result,
+    column,
     goal_cell,
     machine,
     machine_text,
@@ -199,23 +200,25 @@ def _entry(path: Path, key: str, resume: bool, setting: Record) -> Record | None
 def figures(record: Record) -> Record:
     """Seconds of an update, of each phase and in all: medians over a run's updates without the first, which warms up.
 
-    Of the floor, the sums of its parts; ``shared_seconds`` leaves out those of a separate value model.
+    ``cpu_seconds`` are those of all processors. Of the floor, sums of its parts; ``shared_seconds`` and
+    ``shared_cpu_seconds`` leave out those of a separate value model.
     """
     if "parts" in record:
-        parts = record["parts"]
-        phases = {phase: sum(parts[part] for part in of_phase) for phase, of_phase in FLOOR_PHASES.items()}
-        total = sum(parts.values())
-        shared = {"shared_seconds": total - sum(parts[part] for part in VALUE_PARTS)}
-        return record | {"phases": phases, "seconds": total} | shared
+        phases = {phase: sum(record["parts"][part] for part in of_phase) for phase, of_phase in FLOOR_PHASES.items()}
+        sums = {"phases": phases}
+        for key, parts in (("seconds", record["parts"]), ("cpu_seconds", record["cpu_parts"])):
+            sums[key] = sum(parts.values())
+            sums[f"shared_{key}"] = sum(seconds for part, seconds in parts.items() if part not in VALUE_PARTS)
+        return record | sums
     updates = record["updates"][1:] or record["updates"]
     medians = {name: statistics.median(update[name] for update in updates) for name in updates[0]}
-    return record | {"seconds": medians.pop("seconds"), "phases": medians}
+    return record | {key: medians.pop(key) for key in ("seconds", "cpu_seconds")} | {"phases": medians}
 
 
 def _told(record: Record) -> str:
     phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in record["phases"].items())
     memory = f", peak {record['peak_bytes'] / MB:.0f} MB" if "peak_bytes" in record else ""
-    return f"{record['seconds']:7.2f} s an update ({phases}){memory}"
+    return f"{record['seconds']:7.2f} s an update ({phases}), {record['cpu_seconds']:.2f} s of processors{memory}"
 
 
 def summary(rounds: Sequence[Mapping[str, Record]]) -> Record:
@@ -224,22 +227,30 @@ def summary(rounds: Sequence[Mapping[str, Record]]) -> Record:
     Each ratio comes twice: as the spread of the rounds' own ratios, whose median the tables show, and as the ratio of
     the two medians.
     """
-    times = [{case: record["seconds"] for case, record in records.items()} for records in rounds]
-    for row, records in zip(times, rounds, strict=True):
-        if "floor" in records:
-            row["floor_shared"] = records["floor"]["shared_seconds"]
+    times, cpu_times = (_by_case(rounds, key) for key in ("seconds", "cpu_seconds"))
     present = [case for case in (*CASES, "floor_shared") if any(case in row for row in times)]
     both = {name: pair for name, (*pair, _) in RATIOS.items() if any(set(pair) <= row.keys() for row in times)}
     peaks = [{c: r["peak_bytes"] for c, r in records.items() if "peak_bytes" in r} for records in rounds]
     return {
-        "seconds": {case: spread([row[case] for row in times if case in row]) for case in present},
+        "seconds": {case: spread(column(times, case)) for case in present},
+        "cpu_seconds": {case: spread(column(cpu_times, case)) for case in present},
         "phases": {case: _median_phases([r[case] for r in rounds if case in r]) for case in present if case in CASES},
-        "peak_bytes": {case: max(row[case] for row in peaks if case in row) for case in set().union(*peaks)},
+        "peak_bytes": {case: max(column(peaks, case)) for case in CASES if column(peaks, case)},
         "ratios": {name: ratio(times, *pair) for name, pair in both.items()},
+        "cpu_ratios": {name: ratio(cpu_times, *pair) for name, pair in both.items()},
         "memory_ratios": {
             case: ratio(peaks, case, "trl") for case in ("separate", "shared") if {case, "trl"} <= set().union(*peaks)
         },
     }
+
+
+def _by_case(rounds: Sequence[Mapping[str, Record]], key: str) -> list[dict[str, float]]:
+    """A figure of each round by case, the floor without a separate value model among them."""
+    rows = [{case: record[key] for case, record in records.items()} for records in rounds]
+    for row, records in zip(rows, rounds, strict=True):
+        if "floor" in records:
+            row["floor_shared"] = records["floor"][f"shared_{key}"]
+    return rows
 
 
 def _median_phases(records: Sequence[Record]) -> dict[str, float]:
@@ -331,8 +342,9 @@ def _time_table(entry: Record) -> list[str]:
     for case, phases in entry["phases"].items():
         peak = megabytes_cell(entry["peak_bytes"][case]) if case in entry["peak_bytes"] else ""
         cells = [f"{phases[phase]:.2f}" if phase in phases else "" for phase in PHASES]
-        rows.append([NAMES[case], seconds_cell(entry["seconds"][case]), *cells, peak])
-    return markdown(["an update (s)", "in all", *PHASES, "peak (MB)"], rows)
+        cpu = seconds_cell(entry["cpu_seconds"][case])
+        rows.append([NAMES[case], seconds_cell(entry["seconds"][case]), *cells, cpu, peak])
+    return markdown(["an update (s)", "in all", *PHASES, "of processors", "peak (MB)"], rows)
 
 
 def _ratio_table(entry: Record) -> list[str]:
@@ -340,11 +352,11 @@ def _ratio_table(entry: Record) -> list[str]:
     for name, values in entry["ratios"].items():
         goal = RATIOS[name][2]
         met = "" if goal is None else goal_cell(values["median"], goal, at_most=True)
-        rows.append([name, ratio_cell(values), met])
+        rows.append([name, ratio_cell(values), met, ratio_cell(entry["cpu_ratios"][name])])
     for case, values in entry["memory_ratios"].items():
         met = goal_cell(values["median"], MEMORY_GOAL, at_most=True)
-        rows.append([f"peak memory, {case} ÷ TRL", ratio_cell(values), met])
-    return markdown(["ratio", "", "goal"], rows)
+        rows.append([f"peak memory, {case} ÷ TRL", ratio_cell(values), met, ""])
+    return markdown(["ratio", "time", "goal", "time of processors"], rows)
 
 
 def _decode_table(entries: Mapping[str, Record]) -> list[str]:

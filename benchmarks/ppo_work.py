@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -161,47 +162,56 @@ def resident_bytes(key: str = "VmRSS") -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
-class Peaks:
-    """Peak resident memory of the updates, and of the whole process."""
+class Meter:
+    """Peak resident memory of the updates and of the whole process, and the processors' time of each update."""
 
     def __init__(self) -> None:
         self.before = self.updates = 0
+        self.cpu_times: list[float] = []  # at the start, and at the end of every update
 
     def begin(self) -> None:
         """The first update starts here."""
         self.before = resident_bytes("VmHWM")
         with suppress(OSError):  # where it is not allowed, the updates have the process's peak
             Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
-        self.note()
+        self.note(0)
 
-    def note(self) -> None:
-        """An update runs, or has just ended."""
+    def note(self, num_done: int) -> None:
+        """So many updates are done. The last one counts until the next is noted."""
         self.updates = resident_bytes("VmHWM")
+        if num_done >= len(self.cpu_times):
+            self.cpu_times += [time.process_time()] * (num_done + 1 - len(self.cpu_times))
 
-    def record(self) -> Record:
-        """Both, in bytes."""
+    def record(self, updates: Sequence[Record]) -> Record:
+        """What was measured, beside the phases of every update."""
+        cpu_seconds = [after - before for before, after in pairwise(self.cpu_times)]
+        rows = [
+            row | {"seconds": sum(row.values()), "cpu_seconds": cpu}
+            for row, cpu in zip(updates, cpu_seconds, strict=True)
+        ]
         peak = max(self.before, resident_bytes("VmHWM"))
-        return {"peak_bytes": peak, "update_peak_bytes": self.updates}
+        threads = torch.get_num_threads()
+        return {"updates": rows, "threads": threads, "peak_bytes": peak, "update_peak_bytes": self.updates}
 
 
 @contextmanager
-def peaks_of_run(timings: Path, updates: int) -> Iterator[Peaks]:
-    """Peaks of a run of ours: its updates begin when ``timings`` is there and end with its last line."""
-    peaks, ended = Peaks(), threading.Event()
+def metered_run(timings: Path, updates: int) -> Iterator[Meter]:
+    """A run of ours, metered: its updates begin when ``timings`` is there, and each ends with a line in it."""
+    meter, ended = Meter(), threading.Event()
 
     def watch() -> None:
         while not timings.exists() and not ended.wait(POLLING_INTERVAL):
             pass
-        peaks.begin()
-        while timings.exists() and len(timings.read_bytes().splitlines()) < updates:
-            peaks.note()
-            if ended.wait(POLLING_INTERVAL):
-                break
+        meter.begin()
+        num_done = 0
+        while num_done < updates and not ended.wait(POLLING_INTERVAL):
+            num_done = timings.read_bytes().count(b"\n")
+            meter.note(num_done)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        yield peaks
+        yield meter
     finally:
         ended.set()
         watcher.join()
@@ -255,13 +265,13 @@ def run_ours(options: argparse.Namespace) -> Record:
         # A version without this setting has the separate model only.
         if "value_model" in {field.name for field in fields(PPOConfig)}:
             given["value_model"] = options.value_model
-        with peaks_of_run(run / "timings.jsonl", options.updates) as peaks:
+        with metered_run(run / "timings.jsonl", options.updates) as meter:
             run_ppo([part for name, value in given.items() for part in _flag(name, value)])
         timings, metrics = (_read_lines(run / f"{name}.jsonl") for name in ("timings", "metrics"))
     for row in metrics:
         _require_work(task, "ours", row["response_length"], row["optimizer_steps"])
     updates = [{phase: row[phase] for phase in PHASES} for row in timings]
-    return _with_totals(updates) | peaks.record()
+    return meter.record(updates)
 
 
 def _flag(name: str, value: Any) -> list[str]:
@@ -280,11 +290,6 @@ def _require_work(task: Task, side: str, response_tokens: float, optimizer_steps
             f"{side}: an update had {response_tokens:g} tokens a response and {optimizer_steps:g} optimizer steps, not "
             f"{expected[0]} and {expected[1]}: nothing to compare"
         )
-
-
-def _with_totals(updates: Sequence[Record]) -> Record:
-    rows = [row | {"seconds": sum(row.values())} for row in updates]
-    return {"updates": rows, "threads": torch.get_num_threads()}
 
 
 # --- TRL ---
@@ -316,7 +321,7 @@ def trl(options: argparse.Namespace) -> None:
 def _run_trl(ppo_trainer: Any, task: Task, models: Record, words: Any, num_updates: int) -> Record:
     from transformers import TrainerCallback
 
-    peaks = Peaks()
+    meter = Meter()
     times: dict[str, float] = {}
     updates: list[Record] = []
 
@@ -324,11 +329,11 @@ def _run_trl(ppo_trainer: Any, task: Task, models: Record, words: Any, num_updat
         """The phases of each update. What comes after the log, garbage collection above all, is ``other``."""
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            peaks.begin()
+            meter.begin()
             times["end"] = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            peaks.note()
+            meter.note(len(updates) + 1)
             ended = time.perf_counter()
             updates.append(
                 {
@@ -381,7 +386,7 @@ def _run_trl(ppo_trainer: Any, task: Task, models: Record, words: Any, num_updat
     steps = {int(state["step"]) for state in trainer.optimizer.state.values()}
     ended = sum(row["val/num_eos_tokens"] for row in trainer.state.log_history if "val/num_eos_tokens" in row)
     _require_work(task, "TRL", task.new_tokens - ended, max(steps) / num_updates)
-    return _with_totals(updates) | peaks.record()
+    return meter.record(updates)
 
 
 # --- the floor ---
@@ -462,16 +467,17 @@ def flops(task: Task, operation: Operation) -> float:
     return 2.0 * num * length**2 * task.hidden_size * (1 if kind == "causal" else 3.5)
 
 
-def replay(task: Task, operation: Operation) -> float:
-    """Seconds that an operation takes: the fastest of a few, after one to warm up."""
+def replay(task: Task, operation: Operation) -> tuple[float, float]:
+    """Seconds that an operation takes, and of all processors: the least of a few, after one to warm up."""
     run = _prepare(task, operation)
     run()
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(FLOOR_REPEATS):
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         run()
         seconds.append(time.perf_counter() - started)
-    return min(seconds)
+        cpu_seconds.append(time.process_time() - cpu_started)
+    return min(seconds), min(cpu_seconds)
 
 
 def _prepare(task: Task, operation: Operation) -> Callable[[], object]:
@@ -502,9 +508,13 @@ def floor(options: argparse.Namespace) -> None:
     task = Task.read(options.folder)
     parts = update_operations(task)
     fastest = {operation: replay(task, operation) for operation in dict.fromkeys(sum(parts.values(), Counter()))}
-    seconds = {part: sum(fastest[op] * count for op, count in ops.items()) for part, ops in parts.items()}
+    seconds, cpu_seconds = (
+        {part: sum(fastest[op][clock] * count for op, count in ops.items()) for part, ops in parts.items()}
+        for clock in (0, 1)
+    )
     gflop = {part: sum(flops(task, op) * count for op, count in ops.items()) / 1e9 for part, ops in parts.items()}
-    print(json.dumps({"parts": seconds, "gflop": gflop, "threads": torch.get_num_threads()}))
+    record = {"parts": seconds, "cpu_parts": cpu_seconds, "gflop": gflop, "threads": torch.get_num_threads()}
+    print(json.dumps(record))
 
 
 # --- decoding ---

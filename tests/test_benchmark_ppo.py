@@ -152,9 +152,12 @@ def options(folder: Path, **others: Any) -> argparse.Namespace:
 
 def test_a_run_of_ours(folder: Path) -> None:
     record = ppo_work.run_ours(options(folder))
-    assert [row.keys() for row in record["updates"]] == [{"rollout", "scoring", "training", "seconds"}] * 2
+    assert [row.keys() for row in record["updates"]] == [
+        {"rollout", "scoring", "training", "seconds", "cpu_seconds"}
+    ] * 2
     for row in record["updates"]:
         assert row["seconds"] == row["rollout"] + row["scoring"] + row["training"] > 0
+    assert sum(row["cpu_seconds"] for row in record["updates"]) > 0
     assert 0 < record["update_peak_bytes"] <= record["peak_bytes"]
     loaded = ppo_work.load_ours(options(folder))
     assert loaded["models"] == 4
@@ -163,7 +166,7 @@ def test_a_run_of_ours(folder: Path) -> None:
         ppo_work._require_work(QUICK[0], "ours", 3.5, 2)
 
 
-def test_the_peak_of_the_updates_is_not_that_of_what_came_before(tmp_path: Path) -> None:
+def test_the_updates_are_metered_apart_from_what_comes_before_and_after(tmp_path: Path) -> None:
     """100 MB held before the first update count for the process alone, 50 MB held in it for both."""
     timings = tmp_path / "timings.jsonl"
 
@@ -173,16 +176,24 @@ def test_the_peak_of_the_updates_is_not_that_of_what_came_before(tmp_path: Path)
         time.sleep(5 * ppo_work.POLLING_INTERVAL)
 
     hold(1)
+    started = time.process_time()
     start = ppo_work.resident_bytes()
-    with ppo_work.peaks_of_run(timings, 1) as peaks:
+    with ppo_work.metered_run(timings, 2) as meter:
         hold(100)
         timings.touch()
         time.sleep(5 * ppo_work.POLLING_INTERVAL)
         hold(50)
         timings.write_text("{}\n")
+        while time.process_time() < started + 0.5:
+            pass
+        timings.write_text("{}\n{}\n")
         time.sleep(5 * ppo_work.POLLING_INTERVAL)
         hold(80)
-    record = peaks.record()
+    record = meter.record([{"rollout": 1.0, "training": 2.0}] * 2)
+    first, second = record["updates"]
+    assert first["seconds"] == 3.0
+    assert 0.3 < second["cpu_seconds"] < 0.6
+    assert first["cpu_seconds"] + second["cpu_seconds"] < 0.8
     assert record["peak_bytes"] - start > 99e6
     assert 45e6 < record["update_peak_bytes"] - start < 70e6
 
@@ -227,7 +238,8 @@ def trl() -> Iterator[SimpleNamespace]:
 def test_the_phases_of_trl(trl: SimpleNamespace) -> None:
     record = ppo_work._run_trl(trl, QUICK[0], {}, None, 2)
     for row in record["updates"]:
-        del row["seconds"]
+        assert row.pop("seconds") == pytest.approx(0.12, abs=0.03)
+        assert row.pop("cpu_seconds") < 0.1
         expected = {"rollout": 0.02, "scoring": 0.03, "training": 0.06, "other": 0.01}
         assert row == pytest.approx(expected, abs=0.009)
         assert all(row[name] >= seconds for name, seconds in expected.items())
@@ -253,14 +265,17 @@ def test_an_environment_without_trl_is_told(folder: Path, capsys: pytest.Capture
 
 def updates(*seconds: float) -> dict[str, Any]:
     """A run whose updates took so long, a fifth for the rollout and the rest for training."""
-    rows = [{"rollout": s / 5, "scoring": 0.0, "training": s * 4 / 5, "seconds": s} for s in seconds]
+    rows = [
+        {"rollout": s / 5, "scoring": 0.0, "training": s * 4 / 5, "seconds": s, "cpu_seconds": 2 * s} for s in seconds
+    ]
     return {"updates": rows, "threads": 1, "peak_bytes": 500_000_000, "update_peak_bytes": 400_000_000}
 
 
 def floor(seconds: float) -> dict[str, Any]:
     """A floor of which the value model is a quarter."""
     parts = dict.fromkeys(ppo_work.update_operations(QUICK[0]), 0.0)
-    return {"parts": parts | {"policy_training": seconds * 3 / 4, "value": seconds / 4}, "gflop": {}, "threads": 1}
+    parts |= {"policy_training": seconds * 3 / 4, "value": seconds / 4}
+    return {"parts": parts, "cpu_parts": {part: 4 * value for part, value in parts.items()}, "gflop": {}, "threads": 1}
 
 
 def rounds_by_hand() -> list[dict[str, Any]]:
@@ -291,6 +306,9 @@ def test_summary_by_hand() -> None:
         {"median": 0.6, "min": 0.5, "max": 1.0, "num": 3, "of_medians": 2 / 3}
     )
     assert summary["ratios"]["separate ÷ floor"]["median"] == 2.0
+    assert summary["cpu_seconds"]["separate"]["median"] == 16
+    assert summary["cpu_ratios"]["separate ÷ floor"]["median"] == 1.0
+    assert summary["cpu_ratios"]["shared ÷ its floor"]["median"] == pytest.approx(2 / 3)
     assert summary["ratios"]["shared ÷ TRL"]["median"] == 0.3
     assert summary["ratios"]["shared ÷ its floor"]["median"] == pytest.approx(4 / 3)
     assert summary["ratios"]["TRL ÷ floor"]["median"] == 2.5
@@ -418,8 +436,10 @@ def test_tables_say_which_goals_are_met(tmp_path: Path) -> None:
     assert text.endswith(f"\n\n{ppo.END}\nafter\n")
     assert "old" not in text
     assert "### One update, 1 thread, 3 rounds" in text
-    assert "| rlhf, separate value model | 8.00 (6.00–12.00) | 1.60 | 0.00 | 6.40 |  | 500 |" in text
-    assert "| separate ÷ TRL | 0.60 (0.50–1.00; medians 0.67) | ≤ 0.65 met |" in text
+    assert (
+        "| rlhf, separate value model | 8.00 (6.00–12.00) | 1.60 | 0.00 | 6.40 |  | 16.00 (12.00–24.00) | 500 |" in text
+    )
+    assert "| separate ÷ TRL | 0.60 (0.50–1.00; medians 0.67) | ≤ 0.65 met | 0.60 (0.50–1.00; medians 0.67) |" in text
     assert "| separate ÷ floor | 2.00 (1.50–2.00; medians 2.00) | ≤ 1.25 **missed** |" in text
     assert "| shared ÷ TRL | 0.30 (0.25–0.50; medians 0.33) | ≤ 0.42 met |" in text
     assert "| peak memory, separate ÷ TRL | 0.50 (0.50–0.50; medians 0.50) | ≤ 0.6 met |" in text
