@@ -17,17 +17,13 @@ import json
 import math
 import os
 import platform
-import re
 import resource
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.metadata import version
@@ -35,14 +31,34 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from measuring import (
+    MB,
+    Record,
+    add_command,
+    add_result,
+    column,
+    goal_cell,
+    machine,
+    machine_text,
+    markdown,
+    measured,
+    megabytes_cell,
+    ratio,
+    ratio_cell,
+    read_results,
+    replace_between,
+    run_command,
+    save,
+    say,
+    seconds_cell,
+    spread,
+    versions_of,
+    write_json,
+)
+
 THIS = Path(__file__).resolve()
 
-MB = 10**6
 COPY_BLOCK = 4 * 2**20  # bytes per read and write of the copy floor
-# Memory of a process in which what it shares with its children counts once, and of it what is no file's.
-SHARES = re.compile(r"^(Pss|Pss_Anon):\s*(\d+) kB$", re.MULTILINE)
-SAMPLING_INTERVAL = 0.03  # seconds between two looks at a process's memory
 DRAW = 2**22  # random numbers drawn at a time: what a made checkpoint needs in memory
 NUM_SHARDS = 5
 BASE_SPREAD, TUNING_SPREAD = 0.02, 0.002  # standard deviations of the base, and of what a fine-tuning adds
@@ -53,8 +69,6 @@ CHECK_GOAL = 1.05  # time with the check for NaN over the time without
 
 MEASURED = ("floor", "floor_fsync", "import", "soupkit", "soupkit_sync", "mergekit")
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -99,13 +113,7 @@ WITH_GOALS = ("average2", "average4", "slerp2", "task_arithmetic", "model_stock"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, or 2 for what cannot be measured, told in one line on stderr."""
-    options = _parser().parse_args(arguments)
-    try:
-        options.command(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(_parser(), arguments)
 
 
 # --- the checkpoints ---
@@ -160,14 +168,14 @@ def make(options: argparse.Namespace) -> None:
     for index in range(options.num):
         folder = options.folder / f"m{index}"
         if folder.exists():
-            _say(f"{folder} is there already")
+            say(f"{folder} is there already")
             continue
         partial = options.folder / f".m{index}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_checkpoint(partial, SMALL if options.small else LARGE, index)
         partial.rename(folder)
-        _say(f"made {folder}")
+        say(f"made {folder}")
 
 
 def _write_checkpoint(folder: Path, shape: Shape, index: int) -> None:
@@ -178,8 +186,8 @@ def _write_checkpoint(folder: Path, shape: Shape, index: int) -> None:
     files = {name: f"model-{shard + 1:05}-of-{NUM_SHARDS:05}.safetensors" for name, shard in shard_of.items()}
     for file in sorted(set(files.values())):
         _write_shard(folder / file, {name: size for name, size in tensors.items() if files[name] == file}, index)
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": ends[-1]}, "weight_map": files})
-    _write_json(folder / "config.json", shape.config())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": ends[-1]}, "weight_map": files})
+    write_json(folder / "config.json", shape.config())
 
 
 def _write_shard(path: Path, tensors: Mapping[str, tuple[int, ...]], index: int) -> None:
@@ -216,71 +224,6 @@ def _random_weights(name: str, num_elements: int, index: int) -> Iterator[memory
 
 
 # --- one process, measured ---
-
-
-def measured(command: Sequence[str | Path]) -> tuple[Record, str]:
-    """Run a command to its end: what it took, and what it printed. Raises ValueError when it fails.
-
-    Times are in seconds. ``resident_bytes`` is the most that was mapped and present, page cache included;
-    ``anonymous_bytes`` the most of the process's own; both with its children, sampled, and shared pages counted once.
-    ``disk_bytes`` is what storage had to deliver.
-    """
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with tempfile.TemporaryFile() as output:
-        started = time.perf_counter()
-        parts, environment = [str(part) for part in command], os.environ | {"PYTHONPATH": path}
-        process = subprocess.Popen(parts, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        with _sampled_memory(process.pid) as samples:
-            try:
-                _, status, usage = os.wait4(process.pid, 0)
-            except BaseException:
-                process.kill()
-                process.wait()
-                raise
-            seconds = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        text = output.read().decode(errors="replace").strip()
-    if not samples:
-        raise ValueError(f"the memory of {command[0]} could not be sampled: /proc/PID/smaps_rollup has no Pss_Anon")
-    if process.returncode:
-        last = text.splitlines()[-1] if text else "nothing"
-        raise ValueError(f"{' '.join(map(str, command))} ended with code {process.returncode} and printed: {last}")
-    return {
-        "seconds": seconds,
-        "user_seconds": usage.ru_utime,
-        "system_seconds": usage.ru_stime,
-        "resident_bytes": max(usage.ru_maxrss * 1024, *(sample["Pss"] for sample in samples)),
-        "anonymous_bytes": max(sample["Pss_Anon"] for sample in samples),
-        "disk_bytes": usage.ru_inblock * 512,
-    }, text
-
-
-@contextmanager
-def _sampled_memory(pid: int) -> Iterator[list[dict[str, int]]]:
-    """Bytes of memory of a process and its children while the block runs, as the kernel has them."""
-    samples: list[dict[str, int]] = []
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.is_set():
-            sample = dict.fromkeys(("Pss", "Pss_Anon"), 0)
-            with suppress(OSError):  # it has just ended
-                children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-                for process in (str(pid), *children):
-                    for key, number in SHARES.findall(Path(f"/proc/{process}/smaps_rollup").read_text()):
-                        sample[key] += 1024 * int(number)
-            if sample["Pss_Anon"]:
-                samples.append(sample)
-            ended.wait(SAMPLING_INTERVAL)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield samples
-    finally:
-        ended.set()
-        watcher.join()
 
 
 def copy(options: argparse.Namespace) -> None:
@@ -339,7 +282,7 @@ def run(options: argparse.Namespace) -> None:
     folders = _model_folders(options.folder, max(case.num_models for case in cases.values()))
     results = _results(options.output, options.resume, _setting(folders, options.mergekit_python))
     from_disk = _warm_up(folders)
-    _say(f"page cache warm: {from_disk / MB:.0f} MB had to be read from disk")
+    say(f"page cache warm: {from_disk / MB:.0f} MB had to be read from disk")
     for name, case in cases.items():
         entry = results["cases"].setdefault(name, {"recipe": _recipe(case, []), "rounds": []})
         if entry["recipe"] != _recipe(case, []):
@@ -350,8 +293,8 @@ def run(options: argparse.Namespace) -> None:
             python = options.mergekit_python if index < most else None
             entry["rounds"].append(_round(name, case, folders, index, python))
             entry["summary"] = summary(entry["rounds"])
-            _save(options.output, results)
-    _say(f"all in {options.output}; next: python benchmarks/merge.py table {options.output}")
+            save(options.output, results)
+    say(f"all in {options.output}; next: python benchmarks/merge.py table {options.output}")
 
 
 def _round(
@@ -363,8 +306,8 @@ def _round(
         output = Path(scratch) / "output"
         recipe, theirs = Path(scratch) / "recipe.yaml", Path(scratch) / "mergekit.yaml"
         # JSON is YAML too.
-        _write_json(recipe, _recipe(case, inputs))
-        _write_json(theirs, _mergekit_recipe(case, inputs))
+        write_json(recipe, _recipe(case, inputs))
+        write_json(theirs, _mergekit_recipe(case, inputs))
         python: list[str | Path] = [sys.executable, "-P"]  # whatever lies in the working directory
         floor: list[str | Path] = [sys.executable, "-S", THIS, "copy", *inputs, "--output", output]
         commands: dict[str, list[str | Path]] = {
@@ -372,7 +315,7 @@ def _round(
             "floor_fsync": [*floor, "--fsync"],
             "import": [*python, "-c", "import soupkit"],
             "soupkit": [*python, "-m", "soupkit", *_soupkit_arguments(recipe, output)],
-            "soupkit_sync": [*python, THIS, "launch", recipe, "--output", output, "--sync"],
+            "soupkit_sync": [sys.executable, THIS, "launch", recipe, "--output", output, "--sync"],
         }
         if mergekit_python:
             options = ["--no-copy-tokenizer", "--random-seed", "0", "--quiet"]
@@ -383,7 +326,7 @@ def _round(
             records[what] = _fresh_run(commands[what], output, inputs)
             if what != "import":
                 _require_as_large(output, inputs[0], what)
-            _say(f"{name} round {index + 1}: {what:<17}{_told(records[what])}")
+            say(f"{name} round {index + 1}: {what:<17}{_told(records[what])}")
     return {what: records[what] for what in commands}
 
 
@@ -464,7 +407,7 @@ def compare_imports(options: argparse.Namespace) -> None:
             seconds[name].append(measured(command)[0]["seconds"])
     beyond = [ours - torchs for ours, torchs in zip(seconds["soupkit"], seconds["torch"], strict=True)]
     entry = {"beyond_torch": spread(beyond)} | {name: spread(values) for name, values in seconds.items()}
-    _add_result(options.output, "import", entry)
+    add_result(options.output, "import", entry)
     print("\n".join(_import_table(entry)))
 
 
@@ -478,7 +421,7 @@ def compare_checks(options: argparse.Namespace) -> None:
         ratios = [pair["checked"] / pair["unchecked"] for pair in pairs]
         columns = {key: spread([pair[key] for pair in pairs]) for key in ("checked", "unchecked")}
         entry[name] = columns | {"ratio": spread(ratios)}
-    _add_result(options.output, "non_finite_check", entry)
+    add_result(options.output, "non_finite_check", entry)
     print("\n".join(_check_table(entry)))
 
 
@@ -486,23 +429,18 @@ def _pair(name: str, inputs: Sequence[Path], index: int) -> dict[str, float]:
     """Seconds after imports with the check and without; which one is first alternates."""
     with tempfile.TemporaryDirectory(prefix=".benchmark-", dir=inputs[0].parent) as scratch:
         output, recipe = Path(scratch) / "output", Path(scratch) / "recipe.yaml"
-        _write_json(recipe, _recipe(CASES[name], inputs))
+        write_json(recipe, _recipe(CASES[name], inputs))
         command: list[str | Path] = [sys.executable, THIS, "launch", recipe, "--output", output]
         commands = {"checked": command, "unchecked": [*command, "--unchecked"]}
         seconds = {}
         for what in ("checked", "unchecked") if index % 2 else ("unchecked", "checked"):
             record = _fresh_run(commands[what], output, inputs)
             seconds[what] = record["seconds"]
-            _say(f"{name} pair {index + 1}: {what:<10}{_told(record)}")
+            say(f"{name} pair {index + 1}: {what:<10}{_told(record)}")
     return seconds
 
 
 # --- results ---
-
-
-def spread(values: Sequence[float]) -> Record:
-    """Median, extremes and number of the values."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "num": len(values)}
 
 
 def summary(rounds: Sequence[Mapping[str, Record]]) -> Record:
@@ -525,51 +463,27 @@ def summary(rounds: Sequence[Mapping[str, Record]]) -> Record:
     }
     present = {key for times in derived for key in times}
     return {
-        "seconds": {key: spread(_column(derived, key)) for key in (*MEASURED, "after_imports") if key in present},
-        "ratios": {name: _ratio(derived, *pair) for name, pair in ratios.items() if set(pair) <= present},
+        "seconds": {key: spread(column(derived, key)) for key in (*MEASURED, "after_imports") if key in present},
+        "ratios": {name: ratio(derived, *pair) for name, pair in ratios.items() if set(pair) <= present},
         "bytes": {
-            key: {what: max(_column([r.get(what, {}) for r in rounds], key)) for what in MEASURED if what in present}
+            key: {what: max(column([r.get(what, {}) for r in rounds], key)) for what in MEASURED if what in present}
             for key in ("resident_bytes", "anonymous_bytes", "disk_bytes")
         },
     }
-
-
-def _column(rows: Sequence[Mapping[str, float]], key: str) -> list[float]:
-    return [row[key] for row in rows if key in row]
-
-
-def _ratio(rows: Sequence[Mapping[str, float]], above: str, below: str) -> Record:
-    both = [row for row in rows if above in row and below in row]
-    medians = [statistics.median(_column(both, key)) for key in (above, below)]
-    return spread([row[above] / row[below] for row in both]) | {"of_medians": medians[0] / medians[1]}
 
 
 def _setting(folders: Sequence[Path], mergekit_python: Path | None) -> Record:
     """What the results depend on beside the cases: machine, versions, models. Names no machine and no folder."""
     versions = {"python": platform.python_version(), "torch": version("torch"), "soupkit": version("soupkit-rlhf")}
     if mergekit_python:
-        names = ("mergekit", "torch", "transformers")
-        script = f"import importlib.metadata as m; print(*map(m.version, {names}))"
-        found = measured([mergekit_python, "-c", script])[1].split()
+        found = versions_of(mergekit_python, ("mergekit", "torch", "transformers"))
         versions |= dict(zip(("mergekit", "its torch", "its transformers"), found, strict=True))
     tensors = json.loads((folders[0] / "model.safetensors.index.json").read_text())["weight_map"]
     return {
-        "machine": {
-            "processor": _line_of("/proc/cpuinfo", "model name"),
-            "cores": len(os.sched_getaffinity(0)),
-            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-            "kernel": f"{platform.system()} {'.'.join(platform.release().split('-')[0].split('.')[:3])}",
-            "file_system": _file_system(folders[0]),
-        },
+        "machine": machine() | {"file_system": _file_system(folders[0])},
         "versions": versions,
         "models": {"bytes": _num_bytes(folders[0]), "tensors": len(tensors), "shards": len(_weight_files(folders[0]))},
     }
-
-
-def _line_of(path: str, key: str) -> str:
-    """The value in the first line ``key : value`` of a file of the kernel's."""
-    lines = [line.split(":", 1)[1].strip() for line in Path(path).read_text().splitlines() if line.startswith(key)]
-    return lines[0] if lines else platform.machine()
 
 
 def _file_system(folder: Path) -> str:
@@ -585,37 +499,13 @@ def _results(path: Path, resume: bool, setting: Record) -> Record:
         return setting | {"cases": {}}
     if not resume:
         raise ValueError(f"{path} exists: choose another --output, or go on with it (--resume)")
-    results = _read_results(path)
+    results = read_results(path)
     if "cases" not in results:
         return results | setting | {"cases": {}}
     for key, value in setting.items():
         if results[key] != value:
             raise ValueError(f"{path} was measured with {key} {results[key]}, and here is {value}: start a new file")
     return results
-
-
-def _read_results(path: Path) -> Record:
-    results: Record = json.loads(path.read_text(encoding="utf-8"))
-    return results
-
-
-def _add_result(path: Path | None, key: str, entry: Record) -> None:
-    if path:
-        _save(path, (_read_results(path) if path.exists() else {}) | {key: entry})
-
-
-def _save(path: Path, results: Record) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    _write_json(partial, results)
-    partial.replace(path)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _told(record: Record) -> str:
@@ -628,7 +518,7 @@ def _told(record: Record) -> str:
 
 def table(options: argparse.Namespace) -> None:
     """Print the results as Markdown, or put them where a file has its tables."""
-    text = "\n".join(tables(_read_results(options.results)))
+    text = "\n".join(tables(read_results(options.results)))
     if options.into:
         replace_between(options.into, BEGIN, END, text)
     else:
@@ -652,28 +542,12 @@ def tables(results: Record) -> list[str]:
     return lines[:-1]
 
 
-def replace_between(path: Path, begin: str, end: str, text: str) -> None:
-    """Put the text between two marks in a file. Raises ValueError where they are missing."""
-    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise ValueError(f"{path} has no place for the tables: add the lines {begin} and {end}")
-    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table with its first column to the left and the others to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
 def _setting_line(results: Record) -> str:
-    machine, models = results["machine"], results["models"]
+    models = results["models"]
     versions = ", ".join(f"{name} {text}" for name, text in results["versions"].items())
     return (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['kernel']}, "
-        f"{machine['file_system']}; {versions}. Models: {models['bytes'] / MB:.0f} MB each in {models['tensors']} "
-        f"tensors and {models['shards']} files."
+        f"{machine_text(results['machine'])}, {results['machine']['file_system']}; {versions}. Models: "
+        f"{models['bytes'] / MB:.0f} MB each in {models['tensors']} tensors and {models['shards']} files."
     )
 
 
@@ -683,12 +557,12 @@ def _ratio_table(cases: Mapping[str, Record]) -> list[str]:
         case, ratios = CASES[name], entry["ratios"]
         floor = ratios["floor"]
         # A merge that is lost in the spread of the imports has not been measured.
-        goal_text = _goal(floor["median"], case.floor_goal, at_most=True) if floor["min"] > 0 else "too short to tell"
-        row = [name, _of(floor), goal_text]
-        row += [_of(ratios["sync"]), _of(ratios["process_floor"])]
+        met = goal_cell(floor["median"], case.floor_goal, at_most=True) if floor["min"] > 0 else "too short to tell"
+        row = [name, ratio_cell(floor), met]
+        row += [ratio_cell(ratios["sync"]), ratio_cell(ratios["process_floor"])]
         if "mergekit" in ratios:
-            goal = case.mergekit_goal
-            row += [_of(ratios["mergekit"]), "" if goal is None else _goal(ratios["mergekit"]["median"], goal)]
+            theirs, goal = ratios["mergekit"], case.mergekit_goal
+            row += [ratio_cell(theirs), "" if goal is None else goal_cell(theirs["median"], goal)]
         else:
             row += ["", ""]
         rows.append(row)
@@ -706,7 +580,7 @@ def _time_table(cases: Mapping[str, Record]) -> list[str]:
         "mergekit": "mergekit",
     }
     rows = [
-        [name, *(_seconds(entry["seconds"][key]) if key in entry["seconds"] else "" for key in columns)]
+        [name, *(seconds_cell(entry["seconds"][key]) if key in entry["seconds"] else "" for key in columns)]
         for name, entry in cases.items()
     ]
     return markdown(["merge (s)", *columns.values()], rows)
@@ -716,10 +590,13 @@ def _memory_table(cases: Mapping[str, Record]) -> list[str]:
     rows = []
     for name, entry in cases.items():
         own, resident, disk = (entry["bytes"][f"{key}_bytes"] for key in ("anonymous", "resident", "disk"))
-        row = [name, _megabytes(own["soupkit"]), _goal(own["soupkit"], MEMORY_GOAL, at_most=True, unit=MB)]
-        row += [_megabytes(resident["soupkit"]), _goal(resident["soupkit"], RESIDENT_GOAL, at_most=True, unit=MB)]
-        row += [_megabytes(column["mergekit"]) if "mergekit" in column else "" for column in (own, resident)]
-        row.append(_megabytes(max(disk.values())))
+        row = [name, megabytes_cell(own["soupkit"]), goal_cell(own["soupkit"], MEMORY_GOAL, at_most=True, unit=MB)]
+        row += [
+            megabytes_cell(resident["soupkit"]),
+            goal_cell(resident["soupkit"], RESIDENT_GOAL, at_most=True, unit=MB),
+        ]
+        row += [megabytes_cell(sizes["mergekit"]) if "mergekit" in sizes else "" for sizes in (own, resident)]
+        row.append(megabytes_cell(max(disk.values())))
         rows.append(row)
     head = ["merge (MB)", "own", "goal", "resident", "goal", "mergekit own", "mergekit resident", "read from disk"]
     return markdown(head, rows)
@@ -727,42 +604,23 @@ def _memory_table(cases: Mapping[str, Record]) -> list[str]:
 
 def _import_table(entry: Record) -> list[str]:
     beyond = entry["beyond_torch"]
-    row = [f"{entry['torch']['num']} pairs", _seconds(entry["torch"]), _seconds(entry["soupkit"]), _seconds(beyond)]
+    row = [f"{entry['torch']['num']} pairs", *map(seconds_cell, (entry["torch"], entry["soupkit"], beyond))]
     head = ["import (s)", "torch", "soupkit", "soupkit beyond torch", "goal"]
-    return markdown(head, [[*row, _goal(beyond["median"], IMPORT_GOAL, at_most=True)]])
+    return markdown(head, [[*row, goal_cell(beyond["median"], IMPORT_GOAL, at_most=True)]])
 
 
 def _check_table(entry: Record) -> list[str]:
     rows = [
         [
             name,
-            _seconds(columns["checked"]),
-            _seconds(columns["unchecked"]),
+            seconds_cell(columns["checked"]),
+            seconds_cell(columns["unchecked"]),
             f"{columns['ratio']['median']:.3f} ({columns['ratio']['min']:.3f}–{columns['ratio']['max']:.3f})",
-            _goal(columns["ratio"]["median"], CHECK_GOAL, at_most=True),
+            goal_cell(columns["ratio"]["median"], CHECK_GOAL, at_most=True),
         ]
         for name, columns in entry.items()
     ]
     return markdown(["merge (s)", "with the check", "without", "ratio of the pairs", "goal"], rows)
-
-
-def _of(ratio: Record) -> str:
-    return f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f}; medians {ratio['of_medians']:.2f})"
-
-
-def _seconds(values: Record) -> str:
-    if values["num"] == 1:
-        return f"{values['median']:.2f} (1 run)"
-    return f"{values['median']:.2f} ({values['min']:.2f}–{values['max']:.2f})"
-
-
-def _megabytes(num_bytes: float) -> str:
-    return f"{num_bytes / MB:.0f}"
-
-
-def _goal(value: float, goal: float, *, at_most: bool = False, unit: float = 1) -> str:
-    met = value <= goal if at_most else value >= goal
-    return f"{'≤' if at_most else '≥'} {goal / unit:g} {'met' if met else '**missed**'}"
 
 
 # --- the command line ---
@@ -774,12 +632,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = _command(commands, "make", make, "write random Llama checkpoints in bfloat16, in five shards each")
+    command = add_command(commands, "make", make, "write random Llama checkpoints in bfloat16, in five shards each")
     command.add_argument("folder", type=Path, metavar="DIR", help="they become DIR/m0 (the base), DIR/m1, ...")
     command.add_argument("--num", type=int, default=4, help="how many (default: %(default)s)")
     command.add_argument("--small", action="store_true", help="2 MB each instead of 2.2 GB, to try things out")
 
-    command = _command(commands, "run", run, "time merges against copying and against mergekit")
+    command = add_command(commands, "run", run, "time merges against copying and against mergekit")
     command.add_argument("folder", type=Path, metavar="DIR", help="checkpoints as `make` writes them")
     command.add_argument("--output", type=Path, required=True, metavar="FILE", help="results, as JSON")
     command.add_argument("--resume", action="store_true", help="keep the rounds that are in FILE, run those missing")
@@ -794,39 +652,31 @@ def _parser() -> argparse.ArgumentParser:
         help="rounds with mergekit (default: 1 for the merges that take it minutes, all for the others)",
     )  # fmt: skip
 
-    command = _command(commands, "import", compare_imports, "time `import soupkit` beyond `import torch`")
+    command = add_command(commands, "import", compare_imports, "time `import soupkit` beyond `import torch`")
     command.add_argument("--repeats", type=int, default=10, metavar="N", help="pairs (default: %(default)s)")
     command.add_argument("--output", type=Path, metavar="FILE", help="results file to add to")
 
-    command = _command(commands, "nonfinite", compare_checks, "what the check for NaN and infinite values costs")
+    command = add_command(commands, "nonfinite", compare_checks, "what the check for NaN and infinite values costs")
     command.add_argument("folder", type=Path, metavar="DIR", help="checkpoints as `make` writes them")
     command.add_argument("--cases", nargs="+", choices=CASES, default=["average2", "ties"], metavar="CASE")
     command.add_argument("--repeats", type=int, default=5, metavar="N", help="pairs (default: %(default)s)")
     command.add_argument("--output", type=Path, metavar="FILE", help="results file to add to")
 
-    command = _command(commands, "table", table, "show results as Markdown, the goals beside them")
+    command = add_command(commands, "table", table, "show results as Markdown, the goals beside them")
     command.add_argument("results", type=Path, metavar="FILE")
     command.add_argument("--into", type=Path, metavar="README", help=f"put them between {BEGIN} and {END} instead")
 
-    command = _command(commands, "copy", copy, "(a child of run) the copy floor")
+    command = add_command(commands, "copy", copy, "(a child of run) the copy floor")
     command.add_argument("inputs", type=Path, nargs="+")
     command.add_argument("--output", type=Path, required=True)
     command.add_argument("--fsync", action="store_true", help="wait until the copy is on disk")
 
-    command = _command(commands, "launch", launch, "(a child of run and nonfinite) one merge, timed inside")
+    command = add_command(commands, "launch", launch, "(a child of run and nonfinite) one merge, timed inside")
     command.add_argument("recipe", type=Path)
     command.add_argument("--output", type=Path, required=True)
     command.add_argument("--sync", action="store_true", help="wait until the soup is on disk")
     command.add_argument("--unchecked", action="store_true", help="do not look for NaN and infinite values")
     return parser
-
-
-def _command(
-    commands: Any, name: str, function: Callable[[argparse.Namespace], None], text: str
-) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:])
-    command.set_defaults(command=function)
-    return command
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from merge import ROOT, markdown, replace_between
+from measuring import ROOT, markdown, replace_between
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

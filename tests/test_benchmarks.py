@@ -13,6 +13,7 @@ import torch
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import measuring
 import merge
 import mergekit_agreement as agreement
 from safetensors import safe_open
@@ -46,7 +47,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "stand-in" / "soupkit").mkdir(parents=True)
     (tmp_path / "stand-in" / "soupkit" / "__init__.py").touch()
     (tmp_path / "stand-in" / "soupkit" / "__main__.py").write_text(STAND_IN)
-    monkeypatch.setattr(merge, "ROOT", tmp_path / "stand-in")
+    monkeypatch.setattr(measuring, "ROOT", tmp_path / "stand-in")
     monkeypatch.setenv("TOLD", str(tmp_path / "told"))
     return tmp_path / "models"
 
@@ -95,7 +96,7 @@ def test_made_checkpoints_are_the_same_every_time(models: Path, tmp_path: Path) 
 
 def test_the_floor_copies_the_first_input_and_reads_the_others(models: Path, tmp_path: Path) -> None:
     command = [sys.executable, merge.THIS, "copy", models / "m1", models / "m2", "--output", tmp_path / "copy"]
-    record, text = merge.measured(command)
+    record, text = measuring.measured(command)
     assert 0 < json.loads(text)["seconds"] < record["seconds"]
     copied = sorted((tmp_path / "copy").iterdir())
     assert len(copied) == 5
@@ -105,7 +106,7 @@ def test_the_floor_copies_the_first_input_and_reads_the_others(models: Path, tmp
 
 def test_memory_of_a_process_is_its_peak(tmp_path: Path) -> None:
     script = "import time; x = bytearray(60_000_000); time.sleep(0.1); del x; time.sleep(0.1)"
-    record, _ = merge.measured([sys.executable, "-c", script])
+    record, _ = measuring.measured([sys.executable, "-c", script])
     assert 60e6 < record["anonymous_bytes"] < 90e6
     assert record["resident_bytes"] > record["anonymous_bytes"]
     assert record["seconds"] > 0.2
@@ -205,8 +206,8 @@ def test_tables_say_which_goals_are_met(tmp_path: Path) -> None:
         "versions": {"python": "3"},
         "models": {"bytes": 2_200_000_000, "tensors": 201, "shards": 5},
         "cases": {"ties": {"summary": merge.summary(rounds_by_hand())}},
-        "import": {name: merge.spread([0.25, 0.29, 0.4]) for name in ("torch", "soupkit", "beyond_torch")},
-        "non_finite_check": {"ties": {name: merge.spread([1.06]) for name in ("checked", "unchecked", "ratio")}},
+        "import": {name: measuring.spread([0.25, 0.29, 0.4]) for name in ("torch", "soupkit", "beyond_torch")},
+        "non_finite_check": {"ties": {name: measuring.spread([1.06]) for name in ("checked", "unchecked", "ratio")}},
     }
     (tmp_path / "results.json").write_text(json.dumps(results))
     readme = tmp_path / "README.md"
