@@ -64,23 +64,24 @@ class Head:
     cap: float | None = None  # c
     temperature: float = 1.0
 
+    @property
+    def factor(self) -> float:
+        """What the product with the weights is multiplied by, a cap aside."""
+        return self.scale / self.temperature if self.cap is None else self.scale
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, d] → [n, V] float32, newly made. The product is taken in the dtype of ``hidden``."""
-        bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        logits = linear(hidden, self.weight.to(hidden.dtype), bias).float()
+        # The factor goes on d numbers a position instead of V.
+        bias = None if self.bias is None else self.factor * self.bias.to(hidden.dtype)
+        logits = linear(hidden * self.factor, self.weight.to(hidden.dtype), bias).float()
         if self.cap is not None:
-            logits = logits.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
-            return logits.div_(self.temperature)
-        factor = self.scale / self.temperature
-        return logits if factor == 1.0 else logits.mul_(factor)
+            logits.div_(self.cap).tanh_().mul_(self.cap / self.temperature)
+        return logits
 
-    def derivative(self, logits: Tensor | None) -> Tensor | float:
-        """d logits / d (h Wᵀ + b), elementwise, where the logits are as given; they matter with a cap only."""
-        slope = self.scale / self.temperature
-        if self.cap is None:
-            return slope
-        assert logits is not None
-        return slope * (1.0 - (logits * (self.temperature / self.cap)) ** 2)
+    def cap_slope(self, logits: Tensor) -> Tensor:
+        """What the cap does to the derivative of the logits, elementwise, where they are as given. [n, V] → [n, V]"""
+        assert self.cap is not None
+        return (1.0 - (logits * (self.temperature / self.cap)) ** 2) / self.temperature
 
 
 def head_of(model: PreTrainedModel, temperature: float = 1.0) -> Head:
@@ -151,7 +152,7 @@ def chunks(num_rows: int, vocab_size: int, device: torch.device) -> Iterator[sli
 
 def log_distribution(logits: Tensor) -> Tensor:
     """log softmax(logits), written over them. [n, V] → [n, V]"""
-    return logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
+    return torch.log_softmax(logits, dim=-1, out=logits)
 
 
 def gather_logprobs(log_distributions: Tensor, tokens: Tensor) -> Tensor:
@@ -240,7 +241,7 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # what is kept has no history, and a second derivative would lack terms
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        hidden, weight, bias, tokens, entropies, divergences = ctx.saved_tensors
+        hidden, weight, bias, tokens, *_ = ctx.saved_tensors
         of_logprobs, of_entropy, of_kl = (gradient[:, None] for gradient in gradients)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden)
@@ -249,31 +250,41 @@ class _TokenStatistics(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         kept, ctx.kept = ctx.kept, []  # written over here: a second backward pass computes them again
         for index, rows in enumerate(chunks(len(tokens), len(weight), hidden.device)):
-            slope: Tensor | float
+            slope: Tensor | None = None
             if kept and ctx.head.cap is None:
-                log_p, slope = kept[index], ctx.head.derivative(None)
+                log_p = kept[index]
             else:
                 logits = ctx.head.logits(hidden[rows])
-                slope = ctx.head.derivative(logits)
+                slope = None if ctx.head.cap is None else ctx.head.cap_slope(logits)
                 log_p = log_distribution(logits)
-            factor = -of_logprobs[rows]  # of p_v
-            if ctx.entropy:
-                factor = factor - of_entropy[rows] * (log_p + entropies[rows, None])
-            if ctx.references:
-                log_ratio = _weighted_log_ratio(log_p, ctx.references, rows)
-                factor = factor + of_kl[rows] * (log_ratio - divergences[rows, None])
-            d_logits = log_p.exp_().mul_(factor).scatter_add_(1, tokens[rows, None], of_logprobs[rows])
-            d_logits = d_logits.mul_(slope).to(hidden.dtype)
+            d_logits = _d_logits(ctx, log_p, rows, of_logprobs, of_entropy, of_kl)
+            if slope is not None:
+                d_logits.mul_(slope)
+            d_logits = d_logits.to(hidden.dtype)
             if needs_hidden:
-                d_hidden[rows] = d_logits @ weight.to(hidden.dtype)
-            if d_weight is not None and rows.start:
-                d_weight.addmm_(d_logits.T.float(), hidden[rows].float())
-            elif d_weight is not None:  # the first chunk is written without a look at what was there
-                torch.mm(d_logits.T.float(), hidden[rows].float(), out=d_weight)
+                d_hidden[rows] = (d_logits @ weight.to(hidden.dtype)).mul_(ctx.head.factor)
+            if d_weight is not None:
+                left, right = d_logits.T.float(), (hidden[rows] * ctx.head.factor).float()
+                if rows.start:
+                    d_weight.addmm_(left, right)
+                else:  # the first chunk is written without a look at what was there
+                    torch.mm(left, right, out=d_weight)
             if d_bias is not None:
-                d_bias += d_logits.sum(0)
+                d_bias.add_(d_logits.sum(0), alpha=ctx.head.factor)
         gradients_of_head = (None if d is None else d.to(weight.dtype) for d in (d_weight, d_bias))
         return d_hidden, *gradients_of_head, None, None, None, None
+
+
+def _d_logits(ctx: Any, log_p: Tensor, rows: slice, of_logprobs: Tensor, of_entropy: Tensor, of_kl: Tensor) -> Tensor:
+    """The gradient of a chunk's logits, by the formula of :class:`_TokenStatistics`, written over ``log_p``."""
+    tokens, entropies, divergences = ctx.saved_tensors[3:]
+    factor = -of_logprobs[rows]  # of p_v
+    if ctx.entropy:
+        factor = factor - of_entropy[rows] * (log_p + entropies[rows, None])
+    if ctx.references:
+        log_ratio = _weighted_log_ratio(log_p, ctx.references, rows)
+        factor = factor + of_kl[rows] * (log_ratio - divergences[rows, None])
+    return log_p.exp_().mul_(factor).scatter_add_(1, tokens[rows, None], of_logprobs[rows])
 
 
 def _weighted_log_ratio(log_p: Tensor, references: Sequence[tuple[float, Distributions]], rows: slice) -> Tensor:
