@@ -60,6 +60,7 @@ from rlhf.masking import masked_mean, masked_sum, masked_whiten
 from rlhf.metrics import Estimate, explained_variance, mean_estimate, peak_memory_bytes, ratio_estimate
 from rlhf.models import require_checkpoint
 from rlhf.policy import PolicyOutput, mixed_precision
+from rlhf.process import prepare_process
 from rlhf.randomness import generator, shuffled_batch
 from rlhf.reference import ModelReference, folders_in, load_model_reference
 from rlhf.rewards import RewardError
@@ -603,6 +604,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from rlhf.reviews.recipe import ppo_settings
 
         config = parse_config(PPOConfig, argv, description=__doc__, defaults=ppo_settings())
+    prepare_process()
     train(config)
 
 
