@@ -15,11 +15,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from analysis.results import load_npz, save_npz
-from analysis.weights import evaluating, named_sources
+from analysis.weights import named_sources
 from rlhf.data import Prompt
 from rlhf.evaluation import compare
 from rlhf.metrics import Estimate, mean_estimate
-from rlhf.models import load_causal_lm, require_same_tokenizer
+from rlhf.models import evaluating, load_causal_lm, require_same_tokenizer
 from rlhf.randomness import generator
 from rlhf.reference import ModelReference
 from rlhf.rollout import sample

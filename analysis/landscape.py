@@ -24,6 +24,7 @@ from analysis.metrics import Metric, describe, measure
 from analysis.results import Measurements, load_npz, save_npz
 from analysis.weights import Source
 from rlhf.metrics import Estimate
+from rlhf.models import evaluating
 
 
 @dataclass(frozen=True)
@@ -366,7 +367,7 @@ def _evaluate(
     measurements = result.measurements
     pending = np.flatnonzero(~measurements.done).tolist()
     bar = tqdm(pending, description, len(points), initial=len(points) - len(pending), disable=description is None)
-    with weights.evaluating(model), weights.preserved(model), torch.no_grad(), bar:
+    with evaluating(model), weights.preserved(model), torch.no_grad(), bar:
         for point in bar:
             points[point]()
             measurements.record(point, measure(metrics, model))

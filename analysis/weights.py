@@ -195,19 +195,6 @@ def put(
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Models in eval mode inside the block; every module's mode as it was afterwards."""
-    training = [module for model in models for module in model.modules() if module.training]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Put back the model's parameters and buffers, bit for bit, when the block ends, by whatever exception."""
     tensors = [*model.parameters(), *model.buffers()]

@@ -255,6 +255,7 @@ def run_ours(options: argparse.Namespace) -> Record:
             "batch_size": task.episodes,
             "ppo_epochs": task.epochs,
             "minibatch_size": task.episodes // task.minibatches,
+            "micro_batch_size": task.episodes // task.minibatches // 2,
             "max_new_tokens": task.new_tokens,
             "temperature": task.temperature,
             "learning_rate": LEARNING_RATE,

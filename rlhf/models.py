@@ -219,6 +219,19 @@ def load_scalar_head_model(
 
 
 @contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Models in eval mode inside the block; every module's mode as it was afterwards."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Silence transformers' report of a newly initialised head, which is what is wanted here."""
     verbosity = logging.get_verbosity()

@@ -19,6 +19,7 @@ from rlhf.data import Prompt, TokenBatch, pad_left
 from rlhf.decoding import Decoded, Sampling, decode
 from rlhf.logprobs import gather_logprobs
 from rlhf.masking import mask_through_first
+from rlhf.models import evaluating
 
 ENGINES = ("decode", "generate")
 
@@ -138,15 +139,11 @@ def sample(
     order = prompt_mask.sum(dim=1).argsort(stable=True)
     parts = order.split(batch_size or len(prompts))
     decoded = []
-    training = model.training
-    model.eval()  # in training mode, checkpointed activations go without a cache
-    try:
+    with evaluating(model):  # in training mode, checkpointed activations go without a cache
         for rows in tqdm(parts, desc=progress, leave=False) if progress else parts:
             used = slice(prompt_tokens.shape[1] - int(prompt_mask[rows].sum(dim=1).max()), None)
             inputs = (x.to(model.device) for x in (prompt_tokens[rows, used], prompt_mask[rows, used], uniforms[rows]))
             decoded.append(run(model, *inputs, sampling=sampling, eos_token_id=tokenizer.eos_token_id))
-    finally:
-        model.train(training)
 
     width = max(part.tokens.shape[1] for part in decoded)
     in_order = order.argsort().to(model.device)
