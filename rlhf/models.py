@@ -20,12 +20,23 @@ from transformers import (
 )
 from transformers.utils import logging
 
+import soupkit
 from rlhf.logprobs import position_ids, unpack
+from soupkit.api import average_recipe
+from soupkit.checkpoint import HUB_ID, base_and_adapter, locate
 
 
-def require_checkpoint(folder: str | Path) -> Path:
-    """The path, or FileNotFoundError when it is no checkpoint folder."""
-    folder = Path(folder)
+def require_checkpoint(model: str | Path) -> Path:
+    """The folder that a model's config and tokenizer are in: its own, a hub id's, or that of BASE in "BASE+ADAPTER".
+
+    Raises FileNotFoundError when there is none, or it is no checkpoint folder.
+    """
+    parts = base_and_adapter(model)
+    if parts:
+        return require_checkpoint(parts[0])
+    folder = Path(model)
+    if not folder.is_dir() and HUB_ID.fullmatch(str(model)) and not folder.parent.is_dir():
+        folder = locate(str(model), allow_pickle=False)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder}: no such folder; expected a checkpoint folder with config.json and *.safetensors"
@@ -80,8 +91,14 @@ def disable_dropout(model: nn.Module) -> None:
 def load_causal_lm(
     folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """A language model from a checkpoint folder, in eval mode and without dropout."""
+    """A language model from a checkpoint folder, in eval mode and without dropout.
+
+    Also from a hub id, and from "BASE+ADAPTER", whose LoRA adapter is folded into the weights.
+    """
     model = _load(AutoModelForCausalLM, require_checkpoint(folder), dtype=dtype)
+    if base_and_adapter(folder):
+        folded = soupkit.merge(average_recipe([str(folder)]), dtype=torch.float32, progress=False)
+        model = causal_lm_with(model, folded).to(dtype)  # type: ignore[arg-type]
     disable_dropout(model)
     return model.eval().to(torch.device(device))
 
@@ -123,7 +140,7 @@ def require_same_tokenizer(first: str | Path, second: str | Path) -> None:
         raise ValueError(
             f"{second}: vocabulary of {sizes[1]} tokens, but {first} has {sizes[0]}; use models of one family"
         )
-    if not all((Path(f) / "tokenizer_config.json").is_file() for f in (first, second)):
+    if not all((require_checkpoint(f) / "tokenizer_config.json").is_file() for f in (first, second)):
         return
     one, two = load_tokenizer(first), load_tokenizer(second)
     vocabularies = one.get_vocab(), two.get_vocab()

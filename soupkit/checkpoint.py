@@ -65,7 +65,7 @@ def open_checkpoint(source: str | Path, *, allow_pickle: bool = False) -> Checkp
 
     ``allow_pickle``: read weights, and nothing but weights, from .bin files where there are no safetensors.
     """
-    parts = _base_and_adapter(source)
+    parts = base_and_adapter(source)
     if parts:
         base = open_checkpoint(parts[0], allow_pickle=allow_pickle)
         adapter = read_adapter(locate(parts[1], allow_pickle), parts[1], allow_pickle)
@@ -194,7 +194,7 @@ def token_ids(tokenizer: dict[str, Any], path: str | Path = TOKENIZER_FILE) -> d
     return ids
 
 
-def _base_and_adapter(source: str | Path, starts: Sequence[Path] = (Path(),)) -> tuple[str, str] | None:
+def base_and_adapter(source: str | Path, starts: Sequence[Path] = (Path(),)) -> tuple[str, str] | None:
     """The two halves of "BASE+ADAPTER"; None for a folder, seen from one of ``starts``, or a name without a plus."""
     text = str(source)
     if "+" not in text or _seen_from(text, starts):
@@ -279,7 +279,7 @@ def folders_of(label: str, near: Path | None = None) -> list[Path]:
 
 
 def _folders_of(label: str, starts: Sequence[Path]) -> list[Path]:
-    parts = _base_and_adapter(label, starts)
+    parts = base_and_adapter(label, starts)
     if parts:
         return [folder for part in parts for folder in _folders_of(part, starts)]
     found = _seen_from(label, starts)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import BOS, CONTEXT, EOS, PAD, llama_config, make_tokenizer, pad_more, random_examples
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
@@ -21,9 +23,11 @@ from rlhf.models import (
     load_causal_lm,
     load_scalar_head_model,
     load_tokenizer,
+    require_checkpoint,
     require_same_tokenizer,
 )
 from rlhf.policy import Policy, ValueModel
+from rlhf.reference import load_model_reference
 from rlhf.rewards import last_token_scores
 
 EXAMPLES = random_examples(seed=0)
@@ -199,3 +203,35 @@ def test_different_tokenizers_are_refused_with_both_folders(
 def test_same_tokenizer_passes_also_where_pad_tokens_or_chat_templates_differ(checkpoints: dict[str, Path]) -> None:
     for name in ("first", "second", "gpt2", "chat"):
         require_same_tokenizer(checkpoints["first"], checkpoints[name])
+
+
+def test_an_adapter_is_folded_into_its_base(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """W + (α / r) B A, and nothing else moves; config and tokenizer are the base's."""
+    base = load_causal_lm(checkpoints["first"])
+    name = "model.layers.0.self_attn.q_proj"
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, 16, generator=generator), torch.randn(16, 2, generator=generator)
+    prefix = f"base_model.model.{name}"
+    save_file({f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    adapted = f"{checkpoints['first']}+{tmp_path}"
+    changed = load_causal_lm(adapted).state_dict()
+    for key, tensor in base.state_dict().items():
+        expected = tensor + 3 * up @ down if key == f"{name}.weight" else tensor
+        torch.testing.assert_close(changed[key], expected, atol=1e-6, rtol=1e-6)
+    require_same_tokenizer(checkpoints["second"], adapted)
+    assert load_tokenizer(adapted).eos_token == "<eos>"
+    reference = load_model_reference([adapted, checkpoints["first"]])
+    average = reference.model.get_submodule(name).weight
+    torch.testing.assert_close(average, base.get_submodule(name).weight + 1.5 * up @ down, atol=1e-6, rtol=1e-6)
+
+
+def test_a_hub_id_stands_for_its_snapshot(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rlhf.models.locate", lambda source, allow_pickle: checkpoints["first"])
+    assert require_checkpoint("org/name@main") == checkpoints["first"]
+    with pytest.raises(FileNotFoundError, match="absent: no such folder"):
+        require_checkpoint("absent")
