@@ -41,7 +41,7 @@ class PPOConfig:
     }
 
     policy: str | None = setting(
-        None, "Checkpoint folder the policy starts from. Without it, the built-in reviews task runs."
+        None, "Checkpoint folder, BASE+ADAPTER or hub id the policy starts from. Without it, the built-in reviews task runs."
     )
     reward: list[str] = setting(
         [], "The rewards to optimise: reward-model folders or module:function; several are added up with their weights."
