@@ -256,7 +256,7 @@ class Mean:
 
     def cell(self, decimals: int, sign: str = "") -> str:
         """As tables show it."""
-        text = f"{self.mean:{sign}.{decimals}f}"
+        text = f"{self.mean:{sign}z.{decimals}f}"
         return text if math.isnan(self.stderr) else f"{text} ± {self.stderr:.{decimals}f}"
 
 

@@ -168,7 +168,7 @@ def test_the_page_gets_tables_and_a_figure_from_the_results_alone(tmp_path: Path
     text = page.read_text()
     assert text.startswith("above\n")
     assert text.endswith("below\n")
-    assert "old" not in text
+    assert "\nold\n" not in text
     assert "26 runs (2 seeds) of 50 updates, 3,200 episodes each" in text
     assert "30 s (30–30) on one thread, 2 at once: 6 minutes for all, and 80 s for the task" in text  # 26 · 30 s / 2
     assert "](references.png)" in text
