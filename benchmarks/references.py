@@ -69,6 +69,7 @@ KINDS = {
     "none": Kind("none", "none", (), "#595959", "X"),
 }
 BASELINE = "single"
+DECAY = 0.95  # a step an update: after 50 updates the start weighs 8 %, and the average trails the policy by 20
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ def flags(case: Case, folder: Path, updates: int) -> list[str]:
         "test_prompts": task / "test_prompts.jsonl",
         "track_kl": folder / SOUP,
         "reference_kind": kind.kind,
+        "reference_decay": DECAY,  # of a moving average; the others have no use for it
         "kl_coef": case.kl_coef,
         "updates": updates,
         "max_new_tokens": 32,
