@@ -118,9 +118,11 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
 
     V_clip = V_old + clip(V − V_old, −ε, ε);  loss = ½ max((V − R)², (V_clip − R)²).
     """
+    move = values - old_values
     unclipped = (values - returns) ** 2
-    clipped = (old_values + (values - old_values).clamp(-clip_range, clip_range) - returns) ** 2
-    return 0.5 * torch.maximum(unclipped, clipped), clipped > unclipped
+    clipped = (old_values + move.clamp(-clip_range, clip_range) - returns) ** 2
+    # V_old + (V − V_old) is V but for rounding, which alone is no clipping.
+    return 0.5 * torch.maximum(unclipped, clipped), (clipped > unclipped) & (move.abs() > clip_range)
 
 
 def learning_rate_factor(update: int, config: PPOConfig) -> float:
