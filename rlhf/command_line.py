@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields
@@ -117,11 +118,15 @@ def parse_config(
 
 
 def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
-    """Run a command line; bad input becomes one line on stderr and exit status 2 instead of a traceback."""
+    """Run a command line; bad input becomes one line on stderr and exit status 2 instead of a traceback.
+
+    Of several processes on a machine, which find the same, one says it.
+    """
     logging.disable_progress_bar()  # transformers' bars for single files would break the ones of the stages
     try:
         command(argv)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -86,6 +86,21 @@ class Processes:
                     stack.enter_context(self.accelerator.no_sync(module))
             yield
 
+    @contextmanager
+    def failing_together(self, *kinds: type[Exception]) -> Iterator[None]:
+        """What one process raises inside, all of them raise, so that none waits for one that has gone."""
+        mine: Exception | None = None
+        try:
+            yield
+        except kinds as error:
+            mine = error
+        failures = [failure for failure in self.gather([mine and (type(mine), str(mine))]) if failure]
+        if mine is not None:
+            raise mine
+        if failures:
+            kind, message = failures[0]
+            raise kind(message)
+
     def wait(self) -> None:
         """Wait until all processes are here."""
         self.accelerator.wait_for_everyone()

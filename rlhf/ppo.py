@@ -118,9 +118,11 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
 
     V_clip = V_old + clip(V − V_old, −ε, ε);  loss = ½ max((V − R)², (V_clip − R)²).
     """
+    move = values - old_values
     unclipped = (values - returns) ** 2
-    clipped = (old_values + (values - old_values).clamp(-clip_range, clip_range) - returns) ** 2
-    return 0.5 * torch.maximum(unclipped, clipped), clipped > unclipped
+    clipped = (old_values + move.clamp(-clip_range, clip_range) - returns) ** 2
+    # V_old + (V − V_old) is V but for rounding, which alone is no clipping.
+    return 0.5 * torch.maximum(unclipped, clipped), (clipped > unclipped) & (move.abs() > clip_range)
 
 
 def learning_rate_factor(update: int, config: PPOConfig) -> float:
@@ -205,12 +207,14 @@ def roll_out(
 
 def score(run: Run, rollout: Rollout) -> Scores:
     """What is optimised, what it is made of where that is several rewards, and the gold reward. → [B] each"""
-    rewards = scoring.score(run.rewards, rollout)
+    with run.processes.failing_together(RewardError, ValueError):
+        rewards = scoring.score(run.rewards, rollout)
+        gold = None if run.gold_reward is None else run.gold_reward(rollout)
     scores = {"proxy_reward": combine(rewards, run.reward_weights, run.standardisation, run.config.reward_clip)}
     if len(rewards) > 1:
         scores |= {f"reward/{name}": values for name, values in rewards.items()}
-    if run.gold_reward is not None:
-        scores["gold_reward"] = run.gold_reward(rollout)
+    if gold is not None:
+        scores["gold_reward"] = gold
     return scores
 
 
@@ -537,7 +541,9 @@ def train(config: PPOConfig) -> dict[str, Any]:
             if stopped or (config.save_every and update % config.save_every == 0 and update < config.updates):
                 folder.save(reached(update), run)
             if stopped:
-                print(f"stopped after update {update}; go on with --output {folder.path} --resume", file=sys.stderr)
+                if processes.is_main:
+                    bar.close()  # which would end on the same line
+                    print(f"stopped after update {update}; go on with --output {folder.path} --resume", file=sys.stderr)
                 raise SystemExit(128 + signal.SIGTERM)
 
     after, rollout, scores = evaluate_policy(run, "after")

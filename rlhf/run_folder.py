@@ -6,11 +6,13 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from rlhf.checkpointing import publishing, require_new, save_model
 from rlhf.command_line import read_settings
@@ -62,11 +64,13 @@ class RunFolder:
         """Make the folder with its configuration and the reference's provenance, and empty logs."""
         if not self.writes:
             return
-        (self.path / "reference").mkdir(parents=True, exist_ok=True)
-        replace(config, resume=False).save(self.path / "config.yaml")
-        write_json(self.path / "reference" / "soup.json", describe_reference())
-        for name in LOGS:
-            (self.path / name).write_text("", encoding="utf-8")
+        # There already where a run goes on that ended before its first checkpoint.
+        with nullcontext(self.path) if self.path.exists() else publishing(self.path) as folder:
+            (folder / "reference").mkdir(exist_ok=True)
+            replace(config, resume=False).save(folder / "config.yaml")
+            write_json(folder / "reference" / "soup.json", describe_reference())
+            for name in LOGS:
+                (folder / name).write_text("", encoding="utf-8")
         self._open_board(first=1)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
@@ -90,16 +94,30 @@ class RunFolder:
             self._append("samples.jsonl", row | {name: float(values[i]) for name, values in scores.items()})
 
     def save(self, progress: Progress, run: Run) -> None:
-        """Publish ``checkpoints/update-N``: the policy's checkpoint folder with all that resuming needs."""
+        """Publish ``checkpoints/update-N``: the policy's checkpoint folder with all that resuming needs.
+
+        Raises OSError, with what to do, when it cannot be written; older checkpoints stay.
+        """
         folder = self.path / "checkpoints" / f"update-{progress.update:06d}"
         if not self.writes or folder.exists():
             return
-        with publishing(folder) as partial:
-            run.model.save_pretrained(partial)
-            run.tokenizer.save_pretrained(partial)
-            torch.save(run.state(), partial / "training_state.pt")
-            run.config.save(partial / "config.yaml")
-            write_json(partial / "progress.json", asdict(progress))
+        try:
+            with publishing(folder) as partial:
+                run.model.save_pretrained(partial)
+                run.tokenizer.save_pretrained(partial)
+                torch.save(run.state(), partial / "training_state.pt")
+                run.config.save(partial / "config.yaml")
+                write_json(partial / "progress.json", asdict(progress))
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have their own for a full disk
+            kept = f"{checkpoints[-1]} is whole" if (checkpoints := self._checkpoints()) else "there is none yet"
+            raise OSError(
+                f"{folder}: the checkpoint could not be written ({' '.join(str(error).split())}); {kept}: make room "
+                f"({free_bytes(folder) / 1e6:.0f} MB are free), then go on with --output {self.path} --resume"
+            ) from error
         for old in self._checkpoints()[: -run.config.keep]:
             shutil.rmtree(old)
 
@@ -142,6 +160,11 @@ class RunFolder:
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoints").glob("update-*"))
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free where a path is, or would be."""
+    return shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.exists())).free
 
 
 def summary_writer() -> Any:

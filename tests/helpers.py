@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import xxhash
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -129,6 +132,11 @@ def count_words(prompts: list[str], responses: list[str]) -> list[float]:
     return [float(len(response.split())) for response in responses]
 
 
+def mean_place(prompts: list[str], responses: list[str]) -> list[float]:
+    """A third, which hardly ever is the same twice: where a response's letters stand in the alphabet."""
+    return [sum(map(ord, response)) / max(len(response), 1) for response in responses]
+
+
 def one_too_few(prompts: list[str], responses: list[str]) -> list[float]:
     """A broken reward: one number less than there are responses."""
     return [0.0] * (len(responses) - 1)
@@ -156,6 +164,50 @@ def run_python(arguments: Sequence[str], **environment: str) -> subprocess.Compl
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     variables = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run([sys.executable, *arguments], env=variables, capture_output=True, text=True, timeout=300)
+
+
+def forked(*functions: Callable[[], object], seconds: float = 100) -> list[int]:
+    """Exit statuses of processes that run a function each, all at once, with the modules that are loaded here.
+
+    A status is minus the number of the signal that ended the process; SIGKILL ends those that take longer.
+    """
+    processes = [multiprocessing.get_context("fork").Process(target=lambda f=f: sys.exit(f())) for f in functions]  # type: ignore[misc]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(seconds)
+        process.kill()
+        process.join()
+    return [process.exitcode or 0 for process in processes]
+
+
+def as_ranks(function: Callable[[], object], number: int = 2) -> list[Callable[[], object]]:
+    """The function as each of several processes that work together runs it, as a launcher would start them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def run(rank: int) -> object:
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+        os.environ |= {name: str(value) for name, value in places.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one comes from
+        return function()
+
+    return [lambda rank=rank: run(rank) for rank in range(number)]  # type: ignore[misc]
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """The same bytes of logs and weights, and summaries that differ in seconds and memory alone."""
+    for name in ("metrics.jsonl", "samples.jsonl", "policy/model.safetensors"):
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
+    assert summary_of(run) == summary_of(other)
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    """A finished run's summary, but for what is measured of the machine."""
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    return {name: value for name, value in summary.items() if name not in ("seconds", "peak_memory_bytes")}
 
 
 def ppo_arguments(checkpoints: dict[str, Path], prompt_file: Path, run: Path, **settings: Any) -> list[str]:

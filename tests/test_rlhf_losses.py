@@ -140,6 +140,15 @@ def test_value_loss_on_both_sides_of_both_kinks(
     assert clipped.item() is cut
 
 
+def test_rounding_is_no_clipping() -> None:
+    """V_old + (V − V_old) is not always V in float32, though nothing is clipped."""
+    generator = torch.Generator().manual_seed(0)
+    values, old_values = torch.randn(2, 50, 20, generator=generator) * 0.05
+    returns = torch.randn(50, 20, generator=generator)
+    assert (old_values + (values - old_values) != values).any()
+    assert not value_loss(values, old_values, returns, clip_range=1.0)[1].any()
+
+
 def config(**settings: float) -> PPOConfig:
     return PPOConfig(final_lr_fraction=0.1, **settings)
 
