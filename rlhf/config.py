@@ -41,7 +41,8 @@ class PPOConfig:
     }
 
     policy: str | None = setting(
-        None, "Checkpoint folder, BASE+ADAPTER or hub id the policy starts from. Without it, the built-in reviews task runs."
+        None,
+        "Checkpoint folder, BASE+ADAPTER or hub id the policy starts from. Without it, the built-in reviews task runs.",
     )
     reward: list[str] = setting(
         [], "The rewards to optimise: reward-model folders or module:function; several are added up with their weights."
@@ -124,7 +125,7 @@ class PPOConfig:
     max_ratio: float = setting(
         10.0, "A step whose mean ratio π/π_old is above this is skipped, and counted (the policy has run away)."
     )
-    max_skipped: int = setting(3, "The run stops, with its state saved, after so many skipped steps in a row.")
+    max_skipped: int = setting(3, "The run stops after so many skipped steps in a row.")
     early_stop_kl: float | None = setting(
         None, "Leave an update's remaining steps out once a step's KL(old ‖ new) per token is above this."
     )

@@ -54,6 +54,7 @@ from rlhf.config import PPOConfig
 from rlhf.data import Prompt, by_length
 from rlhf.distributed import Processes, gather_rollouts
 from rlhf.evaluation import Evaluation, compare, evaluation_of
+from rlhf.guards import DivergedError
 from rlhf.kl import Comparison
 from rlhf.logprobs import Distributions, hidden_states
 from rlhf.masking import masked_mean, masked_sum, masked_whiten
@@ -529,7 +530,9 @@ def train(config: PPOConfig) -> dict[str, Any]:
         for update in bar:
             try:
                 metrics, rollout, scores, seconds = one_update(run, update)
-            except RewardError:
+            except DivergedError:  # in the middle of an update: the checkpoints there are stay the last
+                raise
+            except (RewardError, ValueError):
                 folder.save(reached(done), run)
                 raise
             done = update
