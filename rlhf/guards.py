@@ -27,7 +27,7 @@ class StepGuard:
         self.in_a_row = self.in_a_row + 1 if reason else 0
         if self.in_a_row >= self.max_skipped:
             raise DivergedError(
-                f"{self.in_a_row} optimizer steps in a row had to be skipped, the last because {reason}; start a new run "
+                f"{self.in_a_row} optimizer steps in a row had to be skipped, the last because {reason}; start again "
                 "with lower learning rates, a lower clip_range or a higher kl_coef"
             )
         return reason is None
