@@ -613,9 +613,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         from rlhf.reviews.recipe import ppo_settings
 
         config = parse_config(PPOConfig, argv, description=__doc__, defaults=ppo_settings())
-    prepare_process()
     train(config)
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(run_command(main))
