@@ -240,10 +240,8 @@ def run_ours(options: argparse.Namespace) -> Record:
     """One run of ``python -m rlhf.ppo`` in this process, with as little beside the updates as it allows."""
     from rlhf.config import PPOConfig
     from rlhf.ppo import main as run_ppo
-    from rlhf.process import prepare_process
 
     folder, task = options.folder, Task.read(options.folder)
-    prepare_process()  # as the command does
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
         given = {
