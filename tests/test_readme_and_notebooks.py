@@ -25,7 +25,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 TINY_STAGE = ["--epochs", "0.5", "--batch_size", "8"]
 TINY_PPO = shlex.split(
-    "--updates 2 --batch_size 8 --minibatch_size 4 --max_new_tokens 8 --eval_episodes 8 --checkpoint_every 1"
+    "--updates 2 --batch_size 8 --minibatch_size 4 --max_new_tokens 8 --eval_episodes 8 --save_every 1"
 )
 # module -> (its main, flags that make it quick)
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], list[str]]] = {
@@ -108,6 +108,7 @@ def test_the_readme_names_every_module() -> None:
 def test_a_notebook_runs(path: Path, cached: ReviewsTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOUPKIT_CACHE", str(cached.folder.parent))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(path, as_version=4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     parameters.source = TINY_NOTEBOOK

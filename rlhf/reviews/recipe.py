@@ -16,7 +16,7 @@ def ppo_settings(task: ReviewsTask | None = None) -> dict[str, Any]:
     return {
         "policy": str(task.sft1),
         "reference": [str(task.sft1), str(task.sft2)],
-        "reward": str(task.reward),
+        "reward": [str(task.reward)],
         "gold_reward": "rlhf.reviews:gold_reward",
         "prompts": str(task.prompts),
         "test_prompts": str(task.test_prompts),
