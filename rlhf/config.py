@@ -57,7 +57,10 @@ class PPOConfig:
     gold_reward: str | None = setting(
         None, "A reward that is reported and never optimised: a folder or module:function."
     )
-    prompts: str | None = setting(None, "Training prompts: .txt, one a line, or .jsonl with prompt or messages.")
+    prompts: str | None = setting(
+        None,
+        "Training prompts: .txt (one a line), .jsonl or .parquet (prompt or messages), a saved dataset, or hf:NAME:SPLIT.",
+    )
     test_prompts: str | None = setting(
         None, "Held-out prompts for the before-and-after table. Default: a tenth of --prompts is set aside."
     )

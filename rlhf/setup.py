@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf import kl_control
 from rlhf.config import PPOConfig
-from rlhf.data import Prompt, load_prompts
+from rlhf.data import Prompt, load_prompts, shared_prompts
 from rlhf.distributed import Processes
 from rlhf.guards import StepGuard
 from rlhf.models import (
@@ -230,9 +231,17 @@ def load_all_prompts(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> t
             f"{config.policy} can read; lower it"
         )
     prompts = load_prompts(config.prompts, tokenizer, room)
-    if config.test_prompts:
-        return prompts, load_prompts(config.test_prompts, tokenizer, room)
-    return split_test_prompts(prompts, config)
+    if not config.test_prompts:
+        return split_test_prompts(prompts, config)
+    test_prompts = load_prompts(config.test_prompts, tokenizer, room)
+    shared = shared_prompts(prompts, test_prompts)
+    if shared:
+        print(
+            f"warning: {shared} of {len(test_prompts)} prompts of {config.test_prompts} are trained on as well, so what "
+            "is reported as held-out is not",
+            file=sys.stderr,
+        )
+    return prompts, test_prompts
 
 
 def split_test_prompts(prompts: list[Prompt], config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:

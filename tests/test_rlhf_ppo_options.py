@@ -274,3 +274,12 @@ def test_without_a_reference_nothing_is_penalised(checkpoints: Folders, prompt_f
     (without, metrics), (zero, _) = (experience_of(run, rollout) for run in (free, kept))
     torch.testing.assert_close(without.advantages, zero.advantages)
     assert [name for name in metrics if name.startswith("kl/")] == ["kl/third", "kl/third_stderr"]
+
+
+def test_held_out_prompts_that_are_trained_on_are_told(
+    checkpoints: Folders, prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("n n n n n n\n" + prompt_file.read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
+    set_up(checkpoints, prompt_file, test_prompts=str(held_out))
+    assert f"warning: 1 of 2 prompts of {held_out} are trained on as well" in capsys.readouterr().err
