@@ -237,8 +237,8 @@ def load_all_prompts(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> t
     shared = shared_prompts(prompts, test_prompts)
     if shared:
         print(
-            f"warning: {shared} of {len(test_prompts)} prompts of {config.test_prompts} are trained on as well, so what "
-            "is reported as held-out is not",
+            f"warning: {shared} of {len(test_prompts)} prompts of {config.test_prompts} are trained on as well, and no "
+            "longer held out",
             file=sys.stderr,
         )
     return prompts, test_prompts
