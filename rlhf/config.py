@@ -59,7 +59,8 @@ class PPOConfig:
     )
     prompts: str | None = setting(
         None,
-        "Training prompts: .txt (one a line), .jsonl or .parquet (prompt or messages), a saved dataset, or hf:NAME:SPLIT.",
+        "Training prompts: .txt (one a line), .jsonl or .parquet (prompt or messages), a saved dataset's folder, or "
+        "hf:NAME:SPLIT.",
     )
     test_prompts: str | None = setting(
         None, "Held-out prompts for the before-and-after table. Default: a tenth of --prompts is set aside."
