@@ -7,12 +7,13 @@ kept, [B, T, d], for they give log-probabilities, entropies and values without a
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -119,6 +120,11 @@ def make_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
     return cache
 
 
+def cache_argument(body: nn.Module) -> str:
+    """What a model's body calls the cache it is given: ``cache``, in transformers before 5.24 ``past_key_values``."""
+    return "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
+
+
 class Decoded(NamedTuple):
     """B responses of at most T tokens; arbitrary past a row's end-of-sequence token.
 
@@ -149,6 +155,7 @@ def decode(
     rows = torch.arange(num_rows, device=tokens.device)  # those still computed
     ended = torch.zeros(num_rows, dtype=torch.bool, device=tokens.device)
     cache = make_cache(model, tokens.shape[1] + longest)
+    cached = {cache_argument(model.base_model): cache}
     padded = not bool(attention_mask.all())
     positions, step_input = position_ids(attention_mask), tokens
     for step in range(longest):
@@ -156,8 +163,8 @@ def decode(
             input_ids=step_input,
             attention_mask=attention_mask.long() if padded else None,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **cached,
         ).last_hidden_state[:, -1]
         distributions = sampling.cut(log_distribution(head.logits(hidden)))
         next_tokens = sampling.draw(distributions, uniforms[rows, step])

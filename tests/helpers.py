@@ -191,6 +191,7 @@ def as_ranks(function: Callable[[], object], number: int = 2) -> list[Callable[[
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
         os.environ |= {name: str(value) for name, value in places.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun sets it; without it accelerate warns
         AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one comes from
         return function()
 

@@ -231,6 +231,8 @@ def test_the_other_stages_refuse(
 def test_the_command_exits_with_status_two_and_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Of the process, and it would stay for all tests to come.
+    monkeypatch.setattr("torch.set_flush_denormal", lambda _: True)
     monkeypatch.setattr("sys.argv", ["ppo.py", "--minibatch-size", "7", "--output", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as exit_status:
         runpy.run_path(str(ROOT / "rlhf" / "ppo.py"), run_name="__main__")

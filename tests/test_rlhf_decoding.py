@@ -337,3 +337,13 @@ def test_frequencies_are_the_probabilities() -> None:
     uniforms = torch.rand(num_draws, generator=torch.Generator().manual_seed(0))
     counts = sample_tokens(probabilities.log().expand(num_draws, -1), uniforms).bincount(minlength=4)
     assert chisquare(counts, num_draws * probabilities.double() / probabilities.double().sum()).pvalue > 0.001
+
+
+def test_the_cache_goes_by_the_name_that_the_model_has_for_it() -> None:
+    class Before(torch.nn.Module):
+        def forward(self, input_ids: Tensor, past_key_values: object = None, **others: object) -> None: ...
+
+    class Since(torch.nn.Module):
+        def forward(self, input_ids: Tensor, cache: object = None, **others: object) -> None: ...
+
+    assert [cache_argument(Before()), cache_argument(Since())] == ["past_key_values", "cache"]
