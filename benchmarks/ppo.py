@@ -47,9 +47,11 @@ from measuring import (
 
 WORK = Path(__file__).resolve().with_name("ppo_work.py")
 
-CASES = ("floor", "separate", "shared", "trl")
+CASES = ("floor", "onednn_floor", "separate", "shared", "trl")
+FLOORS = ("floor", "onednn_floor")
 NAMES = {
     "floor": "matrix products alone",
+    "onednn_floor": "matrix products alone, by oneDNN",
     "separate": "rlhf, separate value model",
     "shared": "rlhf, value head on the policy",
     "trl": "TRL PPOTrainer",
@@ -67,6 +69,7 @@ VALUE_PARTS = ("value", "value_training")
 RATIOS = {
     "separate ÷ TRL": ("separate", "trl", 0.65),
     "separate ÷ floor": ("separate", "floor", 1.25),
+    "separate ÷ oneDNN floor": ("separate", "onednn_floor", None),
     "shared ÷ TRL": ("shared", "trl", 0.42),
     "shared ÷ its floor": ("shared", "floor_shared", None),
     "TRL ÷ floor": ("trl", "floor", None),
@@ -114,10 +117,10 @@ def _tasks(folder: Path) -> dict[Path, Record]:
 
 def _child(case: str, folder: Path, threads: int, trl_python: Path | None, *arguments: str) -> Record:
     """Run one case in a process of its own, with so many threads: what it printed, and what the kernel says."""
-    work = {"floor": "floor", "separate": "ours", "shared": "ours", "trl": "trl"}[case]
+    work = {"separate": "ours", "shared": "ours", "trl": "trl"}.get(case, "floor")
     python = trl_python if case == "trl" else Path(sys.executable)
-    value_model = ["--value-model", case] if work == "ours" else []
-    command = [str(python), str(WORK), work, str(folder), *value_model, *arguments]
+    flags = {"ours": ["--value-model", case], "floor": ["--onednn"] if case == "onednn_floor" else []}.get(work, [])
+    command = [str(python), str(WORK), work, str(folder), *flags, *arguments]
     record, text = measured(command, environment=_environment(threads), sampled=False)
     return json.loads(text.splitlines()[-1]) | {"process_seconds": record["seconds"]}
 
@@ -175,7 +178,7 @@ def run(options: argparse.Namespace) -> None:
             order = cases[turn:] + cases[:turn]
             records = {}
             for case in order:
-                arguments = [] if case == "floor" else ["--updates", str(options.updates)]
+                arguments = [] if case in FLOORS else ["--updates", str(options.updates)]
                 records[case] = figures(_child(case, folder, threads, options.trl_python, *arguments))
                 say(f"{threads} threads, round {index + 1}: {case:<9}{_told(records[case])}")
             series["rounds"].append({case: records[case] for case in cases})
@@ -284,7 +287,7 @@ def decode(options: argparse.Namespace) -> None:
 
 def memory(options: argparse.Namespace) -> None:
     """Measure the peak memory of one update for each vocabulary, above that of the loaded models."""
-    cases = [case for case in _cases(options, _known_settings()) if case != "floor"]
+    cases = [case for case in _cases(options, _known_settings()) if case not in FLOORS]
     entry = _setting(options.trl_python) | {"threads": options.threads, "vocabularies": {}}
     for folder, task in _tasks(options.folder).items():
         records = entry["vocabularies"][str(task["vocab_size"])] = {}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 
 from rlhf import decoding
 from rlhf.data import TokenBatch, pad_left
-from rlhf.decoding import Decoded, PreallocatedLayer, Sampling, decode, sample_tokens
+from rlhf.decoding import Decoded, PreallocatedLayer, Sampling, cache_argument, decode, sample_tokens
 from rlhf.logprobs import head_of
 
 PROMPTS = [[BOS, *(WORDS.index(letter) for letter in text)] for text in ("abc", "d", "efghi", "jk", "", "lmnabcd")] * 3
