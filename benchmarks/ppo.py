@@ -272,10 +272,17 @@ def decode(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     task = QUICK[0] if options.quick else FULL[0] if options.device == "cpu" else SMOLLM2
     dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
-    rounds = time_decoding(task, options.device, getattr(torch, dtype), options.repeats)
+    engine = options.engine or ("decode" if options.device == "cpu" else "graph")
+    rounds = time_decoding(task, options.device, getattr(torch, dtype), options.repeats, engine)
     device = {"cuda": torch.cuda.get_device_name} if options.device == "cuda" else {}
     entry = _setting() | {name: get() for name, get in device.items()}
-    entry |= {"task": vars(task), "dtype": dtype, "threads": torch.get_num_threads(), "rounds": rounds}
+    entry |= {
+        "task": vars(task),
+        "dtype": dtype,
+        "engine": engine,
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+    }
     entry["seconds"] = {name: spread([row[name] for row in rounds]) for name in rounds[0]}
     entry["ratios"] = {name: ratio(rounds, "ours", name) for name in ("generate", "scores")}
     add_result(options.output, f"decode_{options.device}", entry)
@@ -367,7 +374,7 @@ def _decode_table(entries: Mapping[str, Record]) -> list[str]:
     for device, entry in entries.items():
         task, ratios = entry["task"], entry["ratios"]
         where = entry.get("cuda", f"{device}, {_counted(entry['threads'], 'thread')}")
-        row = [f"{where}, {task['episodes']} × {task['new_tokens']} tokens, {entry['dtype']}"]
+        row = [f"{where}, {entry['engine']}, {task['episodes']} × {task['new_tokens']} tokens, {entry['dtype']}"]
         row += [seconds_cell(entry["seconds"][name]) for name in ("ours", "generate", "scores")]
         row += [ratio_cell(ratios[name]) for name in ("scores", "generate")]
         rows.append([*row, goal_cell(ratios["generate"]["median"], DECODE_GOALS[device], at_most=True)])
@@ -423,6 +430,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add_command(commands, "decode", decode, "time sampling against transformers' generate")
     command.add_argument("--device", choices=DECODE_GOALS, default="cpu")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, bfloat16 on cuda")
+    command.add_argument("--engine", choices=("decode", "graph"), help="default: decode on cpu, graph on cuda")
     command.add_argument("--threads", type=int, help="default: as torch has it")
     command.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds (default: %(default)s)")
     command.add_argument("--output", type=Path, metavar="FILE", help="results file to add to")

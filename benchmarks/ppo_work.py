@@ -539,7 +539,9 @@ def floor(options: argparse.Namespace) -> None:
 # --- decoding ---
 
 
-def time_decoding(task: Task, device: str, dtype: torch.dtype, rounds: int) -> list[dict[str, float]]:
+def time_decoding(
+    task: Task, device: str, dtype: torch.dtype, rounds: int, engine: str = "decode"
+) -> list[dict[str, float]]:
     """Seconds to sample a response to a batch of prompts, in turns: ours, and ``generate`` without and with scores."""
     from rlhf.data import Prompt
     from rlhf.rollout import sample
@@ -558,6 +560,7 @@ def time_decoding(task: Task, device: str, dtype: torch.dtype, rounds: int) -> l
             max_new_tokens=task.new_tokens,
             generator=torch.Generator().manual_seed(0),
             temperature=task.temperature,
+            engine=engine,
         )
         return int(rollout.response_mask.sum())
 

@@ -21,7 +21,7 @@ CHOICES = {
     "value_model": ("separate", "shared"),
     "value_init": ("auto", "reward", "policy"),
     "precision": ("float32", "bf16"),
-    "engine": ("decode", "generate"),
+    "engine": ("decode", "graph", "generate"),
     "old_logprobs": ("auto", "sampled", "scored"),
 }
 
@@ -159,7 +159,11 @@ class PPOConfig:
     temperature: float = setting(1.0, "Sampling temperature; it divides the logits in every log-probability as well.")
     top_k: int = setting(0, "Sample from the k likeliest tokens only (0: all). The KL is that of the uncut policy.")
     top_p: float = setting(1.0, "Sample from the fewest likeliest tokens of this mass (1: all).")
-    engine: str = setting("decode", "decode: our own loop; generate: the framework's, slow, to compare with.")
+    engine: str = setting(
+        "decode",
+        "decode: our own loop; graph: one step captured as a CUDA graph, for GPUs; generate: the framework's, slow, to "
+        "compare with.",
+    )
     old_logprobs: str = setting(
         "auto", "sampled: from the states kept while sampling; scored: by a forward; auto: sampled in float32."
     )

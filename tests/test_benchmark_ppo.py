@@ -420,6 +420,7 @@ def test_tables_say_which_goals_are_met(tmp_path: Path) -> None:
     decoded = {
         "task": vars(FULL[0]),
         "dtype": "float32",
+        "engine": "decode",
         "threads": 1,
         "seconds": {name: measuring.spread([rows[0][name]]) for name in rows[0]},
         "ratios": {name: measuring.ratio(rows, "ours", name) for name in ("generate", "scores")},
@@ -450,7 +451,7 @@ def test_tables_say_which_goals_are_met(tmp_path: Path) -> None:
     assert "| separate ÷ floor | 2.00 (1.50–2.00; medians 2.00) | ≤ 1.25 **missed** |" in text
     assert "| shared ÷ TRL | 0.30 (0.25–0.50; medians 0.33) | ≤ 0.42 met |" in text
     assert "| peak memory, separate ÷ TRL | 0.50 (0.50–0.50; medians 0.50) | ≤ 0.6 met |" in text
-    assert "| cpu, 1 thread, 64 × 48 tokens, float32 | 2.00 (1 run) | 4.00 (1 run) | 5.00 (1 run) |" in text
+    assert "| cpu, 1 thread, decode, 64 × 48 tokens, float32 | 2.00 (1 run) | 4.00 (1 run) | 5.00 (1 run) |" in text
     assert "| 0.50 (0.50–0.50; medians 0.50) | ≤ 0.6 met |" in text
     assert "| H100, 64 × 48 tokens, float32 |" in text
     assert "≤ 0.125 **missed**" in text
