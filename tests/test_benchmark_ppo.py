@@ -453,7 +453,7 @@ def test_tables_say_which_goals_are_met(tmp_path: Path) -> None:
     assert "| peak memory, separate ÷ TRL | 0.50 (0.50–0.50; medians 0.50) | ≤ 0.6 met |" in text
     assert "| cpu, 1 thread, decode, 64 × 48 tokens, float32 | 2.00 (1 run) | 4.00 (1 run) | 5.00 (1 run) |" in text
     assert "| 0.50 (0.50–0.50; medians 0.50) | ≤ 0.6 met |" in text
-    assert "| H100, 64 × 48 tokens, float32 |" in text
+    assert "| H100, decode, 64 × 48 tokens, float32 |" in text
     assert "≤ 0.125 **missed**" in text
 
 
