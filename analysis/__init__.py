@@ -12,7 +12,8 @@ each into a figure.
 from __future__ import annotations
 
 from analysis import metrics
+from analysis.curvature import Hessian, hessian
 from analysis.divergence import KLMatrix, kl_matrix
 from analysis.landscape import Line, Plane, line, plane
 
-__all__ = ["KLMatrix", "Line", "Plane", "kl_matrix", "line", "metrics", "plane"]
+__all__ = ["Hessian", "KLMatrix", "Line", "Plane", "hessian", "kl_matrix", "line", "metrics", "plane"]
