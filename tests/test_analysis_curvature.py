@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import PAD, make_gpt2, make_llama, make_tokenizer, random_examples
+from scipy.integrate import trapezoid
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import LlamaForCausalLM
@@ -148,8 +149,8 @@ def test_density_integrates_to_one_and_has_its_peaks_at_the_eigenvalues() -> Non
     result = hessian(Vector(), quadratic(torch.diag(torch.tensor(SPECTRUM, dtype=torch.float64))), progress=False)
     x = np.linspace(-16, 13, 5801)
     density = result.density(x, width=0.2)
-    assert np.trapezoid(density, x) == pytest.approx(1, abs=1e-6)
-    assert np.trapezoid(density[x < -11], x[x < -11]) == pytest.approx(0.1, abs=1e-5)
+    assert trapezoid(density, x) == pytest.approx(1, abs=1e-6)
+    assert trapezoid(density[x < -11], x[x < -11]) == pytest.approx(0.1, abs=1e-5)
     assert x[np.argmax(np.where(x > 6, density, 0))] == pytest.approx(9, abs=1e-6)
 
 
