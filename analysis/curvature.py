@@ -111,10 +111,12 @@ class Hessian:
     def table(self) -> str:
         """The eigenvalues with their residuals, and the trace, as text."""
         lines = [
-            f"{value:14.6g}  residual {residual:.1e}" if found else "not converged"
+            f"{value:14.6g}  residual {residual:.1e}" if found else " not converged"
             for value, residual, found in zip(self.eigenvalues, self.residuals, self.converged, strict=True)
         ]
-        return "\n".join([*lines, f"trace {self.trace.mean:.6g} ± {self.trace.stderr:.2g}"])
+        if len(self.trace_samples):
+            lines.append(f"{self.trace.mean:14.6g}  trace, ± {self.trace.stderr:.2g}")
+        return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a ``.npz`` file."""
@@ -156,8 +158,8 @@ def hessian(
     max_products  products H·v for each end, before the rest counts as not converged (NaN, with a warning)
     batch_size    examples handled at once; the sum over them is exact, whatever it is
 
-    A product costs about nine forwards. In memory are some max(20, 2K + 1) vectors of P float64 for an end's K
-    eigenvalues, or ``num_steps`` for the density.
+    A product costs about nine forwards. In memory are up to 2·max(20, 2K + 1) vectors of P float64 for an end's K
+    eigenvalues, then ``num_steps`` for the density.
 
     The attention of a transformers model is switched to ``eager`` meanwhile, since the default one has no second
     derivative (see :mod:`analysis.differentiation`), and the model is in eval mode. Both are put back, and gradients

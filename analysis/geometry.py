@@ -124,6 +124,7 @@ def kl_geometry(
         geometry["policy", "soup"].mean
         geometry.of("policy")["triangle_gap"]
         geometry.of("soup")["kl_mixture"]
+        geometry.stderr_ratio  # what the exact estimator saves: k1 needs 1 / ratio² as many responses
 
     Papers: Amini, Vieira, Cotterell 2025, arXiv 2504.10637 (the estimator); Aminian et al. 2025, arXiv 2502.01203 and
     Le et al. 2024, arXiv 2405.16388 (several references).

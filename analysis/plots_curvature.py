@@ -28,15 +28,16 @@ def plot_spectrum(
     x = np.linspace(ends.min() - 0.05 * extent, ends.max() + 0.05 * extent, 2000)
     if len(result.nodes):
         options: dict[str, Any] = {"color": COLORS[0], "linewidth": 1.8}
-        ax.plot(x, result.density(x, width or 0.01 * extent), **options | style)
+        density = result.density(x, width or 0.01 * extent)
+        ax.plot(x, density, **options | style)
         ax.set_yscale("log")
-        ax.set_ylim(bottom=floor)
+        ax.set_ylim(floor, 3 * density.max())
         ax.set_ylabel("spectral density")
     else:
         ax.set_yticks([])
     ax.plot(known, np.full(len(known), 0.03), "|", color=COLORS[1], markersize=12, transform=ax.get_xaxis_transform())
     ax.axvline(0, color="0.4", linewidth=0.8, linestyle=":", zorder=0)
-    trace = f", trace {result.trace.mean:.3g} ± {result.trace.stderr:.1g}" if len(result.trace_samples) else ""
+    trace = f", trace {result.trace.mean:.3g} ± {result.trace.stderr:.2g}" if len(result.trace_samples) else ""
     ax.set_title(f"{result.metadata['num_parameters']:,} parameters{trace}", fontsize=10)
     ax.set_xlabel("eigenvalue of the Hessian")
     return ax

@@ -174,19 +174,40 @@ def test_a_probe_that_finds_its_whole_space_stops() -> None:
     assert result.trace.mean == pytest.approx(20)
 
 
+class Wide(nn.Module):
+    """400 weights, whose eigenvalues below are so dense that Lanczos takes long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.ones(400, dtype=torch.float64))
+
+
+DENSE = torch.linspace(1, 2, 400, dtype=torch.float64)
+
+
+def test_residuals_are_relative_to_the_eigenvalue() -> None:
+    result = hessian(
+        Wide(),
+        lambda model: 5 * (DENSE * model.x**2).sum(),
+        num_largest=2,
+        num_smallest=2,
+        num_probes=0,
+        tolerance=1e-2,
+        eigenvectors=True,
+        progress=False,
+    )
+    for index, (value, residual) in enumerate(zip(result.eigenvalues, result.residuals, strict=True)):
+        vector = flat(result.eigenvector(index))
+        expected = np.linalg.norm(10 * DENSE.numpy() * vector - value * vector) / value
+        assert residual == pytest.approx(expected, rel=1e-2)
+        assert 1e-4 < residual < 2e-2
+
+
 def test_what_did_not_converge_is_told() -> None:
-    torch.manual_seed(0)
-    values = torch.linspace(1, 2, 400, dtype=torch.float64)  # so dense a spectrum takes many products
-
-    class Wide(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.x = nn.Parameter(torch.ones(400, dtype=torch.float64))
-
     with pytest.warns(UserWarning, match=r"[1-4] of the 4 largest eigenvalues did not converge in 30 products"):
         result = hessian(
             Wide(),
-            lambda model: 0.5 * (values * model.x**2).sum(),
+            lambda model: 0.5 * (DENSE * model.x**2).sum(),
             num_largest=4,
             num_smallest=0,
             num_probes=0,

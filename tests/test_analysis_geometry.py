@@ -404,6 +404,20 @@ def test_results_are_saved_and_models_left_as_they_were(tmp_path: Path) -> None:
         assert all(torch.equal(tensor, before[name][key]) for key, tensor in model.state_dict().items())
 
 
+def test_folders_are_loaded_and_named(checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [checkpoints[name] for name in ("first", "second")]
+    prompts, sampling = [Prompt("", [1, 7]), Prompt("", [1, 8])], {"max_new_tokens": 2}
+    geometry = kl_geometry(folders, prompts, make_tokenizer(), ingredients=["second", "first"], **sampling)
+    assert geometry.names == ["first", "second", "soup"]
+    law = soup_mixture_slope([folders[0], checkpoints["third"]], prompts, make_tokenizer(), base=folders[1], **sampling)
+    assert law.metadata["ingredients"] == ["first", "third"]
+    assert fisher_path(folders, prompts, make_tokenizer(), steps=2, **sampling).names == ["first", "second"]
+    shown = capsys.readouterr().err
+    assert all(f"{name}: 100%" in shown for name in ("kl geometry", "soup and mixture", "fisher path"))
+    with pytest.raises(ValueError, match="vocabulary of 21 tokens"):
+        fisher_path([folders[0], checkpoints["larger_vocabulary"]], prompts, make_tokenizer(), **sampling)
+
+
 def test_bad_input_is_named() -> None:
     models = {name: categorical(logits) for name, logits in NAMED.items()}
     for settings, message in (
