@@ -23,7 +23,7 @@ from analysis import (
     soup_mixture_slope,
     weights,
 )
-from analysis.divergence import jackknife
+from analysis.divergence import jackknife, means_and_errors
 from analysis.fisher import fisher_quadratic, softmax_variance
 from rlhf.data import Prompt
 from rlhf.randomness import generator
@@ -223,10 +223,13 @@ def test_the_exact_estimator_has_a_tenth_of_the_error_of_k1() -> None:
 STEPS = [(np.array([0.4, -0.2, 0.0, 0.1]), 0.3), (np.array([-0.3, 0.5, 0.2, 0.0]), -0.5)]
 
 
-def bilinear(epsilon: float) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+def bilinear(epsilon: float, around_soup: bool) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """Logits of soup, geometric mixture and ingredients where both logits and scale move: a_v(ε) · s(ε)."""
-    ingredients = [(BASE + epsilon * a) * (1 + epsilon * s) for a, s in STEPS]
-    soup = (BASE + epsilon * sum(a for a, _ in STEPS) / 2) * (1 + epsilon * sum(s for _, s in STEPS) / 2)
+    mean_a, mean_s = (sum(step[part] for step in STEPS) / 2 for part in (0, 1))
+    start, scale = (BASE + mean_a, 1 + mean_s) if around_soup else (BASE, 1.0)
+    steps = [(a - mean_a, s - mean_s) for a, s in STEPS] if around_soup else STEPS
+    ingredients = [(start + epsilon * a) * (scale + epsilon * s) for a, s in steps]
+    soup = (start + epsilon * sum(a for a, _ in steps) / 2) * (scale + epsilon * sum(s for _, s in steps) / 2)
     return soup, sum(ingredients) / 2, ingredients
 
 
@@ -237,13 +240,13 @@ def bilinear_models() -> dict[str, LlamaForCausalLM]:
     }
 
 
-def test_soup_and_mixture_part_by_the_fourth_power() -> None:
-    result = soup_mixture_slope(
-        bilinear_models(), PROMPTS, TOKENIZER, base=categorical(BASE), max_new_tokens=1, progress=False
-    )
+@pytest.mark.parametrize("around_soup", [False, True])
+def test_soup_and_mixture_part_by_the_fourth_power(around_soup: bool) -> None:
+    base = None if around_soup else categorical(BASE)
+    result = soup_mixture_slope(bilinear_models(), PROMPTS, TOKENIZER, base=base, max_new_tokens=1, progress=False)
     np.testing.assert_allclose(result.epsilons[[0, -1]], [0.1, 1])
     for index, epsilon in enumerate(result.epsilons):
-        soup, mixture, ingredients = bilinear(epsilon)
+        soup, mixture, ingredients = bilinear(epsilon, around_soup)
         assert result.to_mixture[index] == pytest.approx(kl_of(soup, mixture), rel=1e-3)
         expected = (kl_of(soup, ingredients[0]) + kl_of(soup, ingredients[1])) / 2
         assert result.to_ingredients[index] == pytest.approx(expected, rel=1e-4)
@@ -277,6 +280,7 @@ def test_slopes_of_language_models(with_base: bool) -> None:
 
 def test_jackknife_by_hand() -> None:
     # Of a mean, the jackknife is the usual standard error: of 1, 2, 6 that is √(7/3).
+    np.testing.assert_allclose(means_and_errors(np.array([[1.0, 2.0, 6.0]])), [[3], [math.sqrt(7 / 3)]])
     assert jackknife(np.array([[1.0, 2.0, 6.0]]), lambda means: float(means[0])) == pytest.approx((3, math.sqrt(7 / 3)))
     # Of the product of two means, (3 · 2, then without each unit): 4 · 1.5, 3.5 · 2, 1.5 · 2.5.
     units = np.array([[1.0, 2.0, 6.0], [3.0, 2.0, 1.0]])
@@ -318,6 +322,26 @@ def test_path_of_categoricals_by_hand() -> None:
     assert result.length == pytest.approx(2 * (math.asin(math.sqrt(p[-1])) - math.asin(math.sqrt(p[0]))), rel=1e-4)
     assert result.length_stderr < 1e-6
     assert result.names == ["start", "end"]
+
+
+def test_temperature_divides_the_logits_of_a_path() -> None:
+    hot, cold = (
+        fisher_path(
+            {
+                "one": categorical((factor * np.array(ONE)).tolist()),
+                "two": categorical((factor * np.array(TWO)).tolist()),
+            },
+            PROMPTS,
+            TOKENIZER,
+            steps=3,
+            max_new_tokens=1,
+            temperature=temperature,
+            progress=False,
+        )
+        for factor, temperature in ((1, 1.0), (0.5, 0.5))
+    )
+    np.testing.assert_allclose(hot.quadratic, cold.quadratic, rtol=1e-5)
+    assert hot.length == pytest.approx(cold.length, rel=1e-5)
 
 
 def test_quadratic_form_adds_up_over_tokens() -> None:
