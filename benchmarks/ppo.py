@@ -47,9 +47,11 @@ from measuring import (
 
 WORK = Path(__file__).resolve().with_name("ppo_work.py")
 
-CASES = ("floor", "separate", "shared", "trl")
+CASES = ("floor", "onednn_floor", "separate", "shared", "trl")
+FLOORS = ("floor", "onednn_floor")
 NAMES = {
     "floor": "matrix products alone",
+    "onednn_floor": "matrix products alone, by oneDNN",
     "separate": "rlhf, separate value model",
     "shared": "rlhf, value head on the policy",
     "trl": "TRL PPOTrainer",
@@ -67,6 +69,7 @@ VALUE_PARTS = ("value", "value_training")
 RATIOS = {
     "separate ÷ TRL": ("separate", "trl", 0.65),
     "separate ÷ floor": ("separate", "floor", 1.25),
+    "separate ÷ oneDNN floor": ("separate", "onednn_floor", None),
     "shared ÷ TRL": ("shared", "trl", 0.42),
     "shared ÷ its floor": ("shared", "floor_shared", None),
     "TRL ÷ floor": ("trl", "floor", None),
@@ -114,10 +117,10 @@ def _tasks(folder: Path) -> dict[Path, Record]:
 
 def _child(case: str, folder: Path, threads: int, trl_python: Path | None, *arguments: str) -> Record:
     """Run one case in a process of its own, with so many threads: what it printed, and what the kernel says."""
-    work = {"floor": "floor", "separate": "ours", "shared": "ours", "trl": "trl"}[case]
+    work = {"separate": "ours", "shared": "ours", "trl": "trl"}.get(case, "floor")
     python = trl_python if case == "trl" else Path(sys.executable)
-    value_model = ["--value-model", case] if work == "ours" else []
-    command = [str(python), str(WORK), work, str(folder), *value_model, *arguments]
+    flags = {"ours": ["--value-model", case], "floor": ["--onednn"] if case == "onednn_floor" else []}.get(work, [])
+    command = [str(python), str(WORK), work, str(folder), *flags, *arguments]
     record, text = measured(command, environment=_environment(threads), sampled=False)
     return json.loads(text.splitlines()[-1]) | {"process_seconds": record["seconds"]}
 
@@ -175,7 +178,7 @@ def run(options: argparse.Namespace) -> None:
             order = cases[turn:] + cases[:turn]
             records = {}
             for case in order:
-                arguments = [] if case == "floor" else ["--updates", str(options.updates)]
+                arguments = [] if case in FLOORS else ["--updates", str(options.updates)]
                 records[case] = figures(_child(case, folder, threads, options.trl_python, *arguments))
                 say(f"{threads} threads, round {index + 1}: {case:<9}{_told(records[case])}")
             series["rounds"].append({case: records[case] for case in cases})
@@ -269,10 +272,17 @@ def decode(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     task = QUICK[0] if options.quick else FULL[0] if options.device == "cpu" else SMOLLM2
     dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
-    rounds = time_decoding(task, options.device, getattr(torch, dtype), options.repeats)
+    engine = options.engine or ("decode" if options.device == "cpu" else "graph")
+    rounds = time_decoding(task, options.device, getattr(torch, dtype), options.repeats, engine)
     device = {"cuda": torch.cuda.get_device_name} if options.device == "cuda" else {}
     entry = _setting() | {name: get() for name, get in device.items()}
-    entry |= {"task": vars(task), "dtype": dtype, "threads": torch.get_num_threads(), "rounds": rounds}
+    entry |= {
+        "task": vars(task),
+        "dtype": dtype,
+        "engine": engine,
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+    }
     entry["seconds"] = {name: spread([row[name] for row in rounds]) for name in rounds[0]}
     entry["ratios"] = {name: ratio(rounds, "ours", name) for name in ("generate", "scores")}
     add_result(options.output, f"decode_{options.device}", entry)
@@ -284,7 +294,7 @@ def decode(options: argparse.Namespace) -> None:
 
 def memory(options: argparse.Namespace) -> None:
     """Measure the peak memory of one update for each vocabulary, above that of the loaded models."""
-    cases = [case for case in _cases(options, _known_settings()) if case != "floor"]
+    cases = [case for case in _cases(options, _known_settings()) if case not in FLOORS]
     entry = _setting(options.trl_python) | {"threads": options.threads, "vocabularies": {}}
     for folder, task in _tasks(options.folder).items():
         records = entry["vocabularies"][str(task["vocab_size"])] = {}
@@ -364,7 +374,7 @@ def _decode_table(entries: Mapping[str, Record]) -> list[str]:
     for device, entry in entries.items():
         task, ratios = entry["task"], entry["ratios"]
         where = entry.get("cuda", f"{device}, {_counted(entry['threads'], 'thread')}")
-        row = [f"{where}, {task['episodes']} × {task['new_tokens']} tokens, {entry['dtype']}"]
+        row = [f"{where}, {entry['engine']}, {task['episodes']} × {task['new_tokens']} tokens, {entry['dtype']}"]
         row += [seconds_cell(entry["seconds"][name]) for name in ("ours", "generate", "scores")]
         row += [ratio_cell(ratios[name]) for name in ("scores", "generate")]
         rows.append([*row, goal_cell(ratios["generate"]["median"], DECODE_GOALS[device], at_most=True)])
@@ -420,6 +430,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add_command(commands, "decode", decode, "time sampling against transformers' generate")
     command.add_argument("--device", choices=DECODE_GOALS, default="cpu")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, bfloat16 on cuda")
+    command.add_argument("--engine", choices=("decode", "graph"), help="default: decode on cpu, graph on cuda")
     command.add_argument("--threads", type=int, help="default: as torch has it")
     command.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds (default: %(default)s)")
     command.add_argument("--output", type=Path, metavar="FILE", help="results file to add to")

@@ -222,6 +222,9 @@ def metered_run(timings: Path, updates: int) -> Iterator[Meter]:
 
 def ours(options: argparse.Namespace) -> None:
     """Run rlhf.ppo: print what each update took, and its memory."""
+    from rlhf import processor
+
+    processor.prepare()  # as the command does
     print(json.dumps(load_ours(options) if options.only_load else run_ours(options)))
 
 
@@ -393,6 +396,19 @@ def _run_trl(ppo_trainer: Any, task: Task, models: Record, words: Any, num_updat
 # --- the floor ---
 
 Operation = tuple[Any, ...]
+Multiply = Callable[[Tensor, Tensor, Tensor], Tensor]  # two matrices, and where torch puts their product
+
+
+def torch_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """A product as torch has it by default, into memory that is there."""
+    return torch.mm(a, b, out=out)
+
+
+def onednn_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """A product as rlhf's commands take it, which is new memory."""
+    from rlhf import processor
+
+    return processor.product(a, b)
 
 
 def update_operations(task: Task) -> dict[str, Counter[Operation]]:
@@ -468,9 +484,9 @@ def flops(task: Task, operation: Operation) -> float:
     return 2.0 * num * length**2 * task.hidden_size * (1 if kind == "causal" else 3.5)
 
 
-def replay(task: Task, operation: Operation) -> tuple[float, float]:
+def replay(task: Task, operation: Operation, multiply: Multiply = torch_product) -> tuple[float, float]:
     """Seconds that an operation takes, and of all processors: the least of a few, after one to warm up."""
-    run = _prepare(task, operation)
+    run = _prepare(task, operation, multiply)
     run()
     seconds, cpu_seconds = [], []
     for _ in range(FLOOR_REPEATS):
@@ -481,15 +497,15 @@ def replay(task: Task, operation: Operation) -> tuple[float, float]:
     return min(seconds), min(cpu_seconds)
 
 
-def _prepare(task: Task, operation: Operation) -> Callable[[], object]:
+def _prepare(task: Task, operation: Operation, multiply: Multiply) -> Callable[[], object]:
     kind, *sizes = operation
     if kind in ("product", "gradients"):
         rows, inner, columns = sizes
         inputs, weight, outputs = (torch.randn(shape) for shape in ((rows, inner), (columns, inner), (rows, columns)))
         if kind == "product":
-            return lambda: torch.mm(inputs, weight.T, out=outputs)
+            return lambda: multiply(inputs, weight.T, outputs)
         of_inputs, of_weight = torch.empty_like(inputs), torch.empty_like(weight)
-        return lambda: (torch.mm(outputs, weight, out=of_inputs), torch.mm(outputs.T, inputs, out=of_weight))
+        return lambda: (multiply(outputs, weight, of_inputs), multiply(outputs.T, inputs, of_weight))
     num, length = sizes
     heads, size = task.num_heads, task.hidden_size // task.num_heads
     queries = torch.randn(num, heads, 1 if kind == "decode" else length, size)
@@ -507,8 +523,10 @@ def _prepare(task: Task, operation: Operation) -> Callable[[], object]:
 def floor(options: argparse.Namespace) -> None:
     """Replay the matrix products and attentions of an update: print what they take."""
     task = Task.read(options.folder)
+    multiply = onednn_product if options.onednn else torch_product
     parts = update_operations(task)
-    fastest = {operation: replay(task, operation) for operation in dict.fromkeys(sum(parts.values(), Counter()))}
+    operations = dict.fromkeys(sum(parts.values(), Counter()))
+    fastest = {operation: replay(task, operation, multiply) for operation in operations}
     seconds, cpu_seconds = (
         {part: sum(fastest[op][clock] * count for op, count in ops.items()) for part, ops in parts.items()}
         for clock in (0, 1)
@@ -521,7 +539,9 @@ def floor(options: argparse.Namespace) -> None:
 # --- decoding ---
 
 
-def time_decoding(task: Task, device: str, dtype: torch.dtype, rounds: int) -> list[dict[str, float]]:
+def time_decoding(
+    task: Task, device: str, dtype: torch.dtype, rounds: int, engine: str = "decode"
+) -> list[dict[str, float]]:
     """Seconds to sample a response to a batch of prompts, in turns: ours, and ``generate`` without and with scores."""
     from rlhf.data import Prompt
     from rlhf.rollout import sample
@@ -540,6 +560,7 @@ def time_decoding(task: Task, device: str, dtype: torch.dtype, rounds: int) -> l
             max_new_tokens=task.new_tokens,
             generator=torch.Generator().manual_seed(0),
             temperature=task.temperature,
+            engine=engine,
         )
         return int(rollout.response_mask.sum())
 
@@ -597,6 +618,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--value-model", choices=("separate", "shared"), default="separate")
     command = add_command(commands, "floor", floor, "the matrix products of an update")
     command.add_argument("folder", type=Path)
+    command.add_argument("--onednn", action="store_true", help="the products as rlhf's commands take them")
     add_command(commands, "settings", settings, "names of the fields of PPOConfig")
     return run_command(parser, arguments)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from soupkit.publish import published_folder
@@ -41,9 +42,17 @@ def publishing(folder: str | Path) -> Iterator[Path]:
         yield partial
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
-    """Publish an ordinary checkpoint folder, as ``from_pretrained`` and soupkit read it, with the tokenizer."""
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Publish an ordinary checkpoint folder, as ``from_pretrained`` and soupkit read it, with the tokenizer.
+
+    ``weights`` are saved instead of the model's own where they are given.
+    """
     with publishing(folder) as partial:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=None if weights is None else dict(weights))
         tokenizer.save_pretrained(partial)
     return Path(folder)

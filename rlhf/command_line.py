@@ -15,6 +15,8 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
+from rlhf import processor
+
 Config = TypeVar("Config")
 
 
@@ -130,3 +132,9 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
             print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def run_process(command: Callable[[Sequence[str] | None], None]) -> NoReturn:
+    """Run a command as a process of its own, which it may set up for itself."""
+    processor.prepare()
+    sys.exit(run_command(command))

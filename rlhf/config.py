@@ -21,7 +21,7 @@ CHOICES = {
     "value_model": ("separate", "shared"),
     "value_init": ("auto", "reward", "policy"),
     "precision": ("float32", "bf16"),
-    "engine": ("decode", "generate"),
+    "engine": ("decode", "graph", "generate"),
     "old_logprobs": ("auto", "sampled", "scored"),
 }
 
@@ -35,6 +35,7 @@ class PPOConfig:
         "reference": "reference",
         "kl_coef": "KL penalty",
         "updates": "update",
+        "lora_rank": "LoRA",
         "learning_rate": "optimizer",
         "max_new_tokens": "sampling",
         "eval_episodes": "run",
@@ -134,6 +135,15 @@ class PPOConfig:
         None, "Leave an update's remaining steps out once a step's KL(old ‖ new) per token is above this."
     )
 
+    lora_rank: int = setting(
+        0,
+        "0: all weights are trained. Else LoRA adapters of this rank are, in the policy and in a separate value model "
+        "(needs peft); a policy BASE+ADAPTER goes on with its own.",
+    )
+    lora_alpha: float = setting(32.0, "An adapter's product is scaled by lora_alpha / lora_rank.")
+    lora_targets: list[str] = setting(
+        [], "Layers with an adapter, e.g. q_proj v_proj. Default: all linear ones but the head."
+    )
     learning_rate: float = setting(1e-5, "Peak learning rate of the policy (AdamW, no weight decay).")
     value_learning_rate: float = setting(2e-5, "Peak learning rate of the value model or head.")
     warmup_updates: int = setting(5, "Updates over which the learning rates rise linearly to their peaks.")
@@ -149,7 +159,11 @@ class PPOConfig:
     temperature: float = setting(1.0, "Sampling temperature; it divides the logits in every log-probability as well.")
     top_k: int = setting(0, "Sample from the k likeliest tokens only (0: all). The KL is that of the uncut policy.")
     top_p: float = setting(1.0, "Sample from the fewest likeliest tokens of this mass (1: all).")
-    engine: str = setting("decode", "decode: our own loop; generate: the framework's, slow, to compare with.")
+    engine: str = setting(
+        "decode",
+        "decode: our own loop; graph: one step captured as a CUDA graph, for GPUs; generate: the framework's, slow, to "
+        "compare with.",
+    )
     old_logprobs: str = setting(
         "auto", "sampled: from the states kept while sampling; scored: by a forward; auto: sampled in float32."
     )
@@ -184,6 +198,7 @@ class PPOConfig:
             "updates", "batch_size", "ppo_epochs", "minibatch_size", "max_new_tokens", "temperature", "kl_horizon",
             "kl_gain", "clip_range", "clip_range_value", "learning_rate", "value_learning_rate", "adam_eps",
             "max_grad_norm", "eval_episodes", "keep", "reference_every", "value_coef", "max_ratio", "max_skipped",
+            "lora_alpha",
         )  # fmt: skip
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
@@ -198,7 +213,7 @@ class PPOConfig:
             raise ValueError(f"normalize_rewards={self.normalize_rewards}: must be 0 (off) or at least 2 responses")
         non_negative = (
             "kl_coef", "missing_eos_penalty", "length_penalty", "length_penalty_after", "warmup_updates",
-            "num_samples", "save_every", "seed", "top_k", "entropy_coef",
+            "num_samples", "save_every", "seed", "top_k", "entropy_coef", "lora_rank",
         )  # fmt: skip
         for name in non_negative:
             if not 0 <= getattr(self, name) < math.inf:

@@ -3,19 +3,25 @@
 Every process samples, scores and measures its share of a batch; all of it is then gathered, so that each process has
 the whole batch, computes advantages and minibatches alike, and takes its share of every minibatch. Gradients are
 averaged by accelerate (DDP or FSDP). The learning curve is that of one process with the same batch, up to rounding.
+
+Under FSDP, what is trained lies in shards, one a process, gradients and moments included, and is put together layer by
+layer in a training forward. Sampling and measuring read a whole copy, which every process has and which takes over the
+weights after each update.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import pad
 
 from rlhf.rollout import Rollout
@@ -28,7 +34,14 @@ class Processes:
     """The processes of a run, this one among them."""
 
     def __init__(self, accelerator: Accelerator | None = None) -> None:
+        """Raises ValueError for a way of running that PPO does not have."""
         self.accelerator = accelerator or Accelerator()
+        require_known_way(self.accelerator)
+
+    @property
+    def shards(self) -> bool:
+        """Whether what is trained is split over the processes (FSDP)."""
+        return self.accelerator.distributed_type == DistributedType.FSDP
 
     @property
     def number(self) -> int:
@@ -79,9 +92,12 @@ class Processes:
 
     @contextmanager
     def accumulating(self, modules: Sequence[nn.Module], last: bool) -> Iterator[None]:
-        """Backward passes inside leave gradients where they are, unless this is the last before the step."""
+        """Backward passes inside leave gradients where they are, unless this is the last before the step.
+
+        Gradients that wait would be whole ones, so under FSDP each pass shares out its own.
+        """
         with ExitStack() as stack:
-            if not last and self.number > 1:
+            if not last and self.number > 1 and not self.shards:
                 for module in modules:
                     stack.enter_context(self.accelerator.no_sync(module))
             yield
@@ -104,6 +120,73 @@ class Processes:
     def wait(self) -> None:
         """Wait until all processes are here."""
         self.accelerator.wait_for_everyone()
+
+
+def require_known_way(accelerator: Accelerator) -> None:
+    """Raise ValueError unless accelerate runs one process, DDP, or FSDP as it is meant here."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"accelerate is set to {kind.value}, which rlhf.ppo cannot use; launch it with recipes/accelerate/ddp.yaml "
+            "or fsdp.yaml"
+        )
+    if kind == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise ValueError(
+                "accelerate is set to version 1 of FSDP; set fsdp_version: 2 (recipes/accelerate/fsdp.yaml)"
+            )
+        if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+            raise ValueError(
+                "fsdp_cpu_ram_efficient_loading leaves all models of all but one process without weights; set it to "
+                "false (recipes/accelerate/fsdp.yaml)"
+            )
+
+
+# ── Whole tensors and shards ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def whole(value: Any) -> Any:
+    """A tensor, or a dict or list of them, with every shard put together. All processes call it together."""
+    if isinstance(value, dict):
+        return {name: whole(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [whole(part) for part in value]
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor as another of its shape is kept: in its dtype, on its device, and in shards where that one is."""
+    tensor = tensor.to(other.device, other.dtype)
+    return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
+
+
+@torch.no_grad()
+def load_whole(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Write whole tensors over a module's of the same names, which may be shards."""
+    present = module.state_dict()
+    for name, tensor in tensors.items():
+        present[name].copy_(placed_like(tensor, present[name]))
+
+
+def trained_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, whole and by name. All processes call it together."""
+    return {name: whole(parameter.detach()) for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Take over ``whole(optimizer.state_dict())``, in shards where the optimizer's parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    placed = {
+        index: {
+            name: placed_like(value, parameters[index]) if value.shape == parameters[index].shape else value
+            for name, value in values.items()
+        }
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({"state": placed, "param_groups": state["param_groups"]})
+
+
+# ── Rollouts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def gather_rollouts(

@@ -248,8 +248,8 @@ class _TokenStatistics(torch.autograd.Function):
         of_logprobs, of_entropy, of_kl = (gradient[:, None] for gradient in gradients)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden)
-        make = torch.empty_like if len(tokens) else torch.zeros_like
-        d_weight = make(weight, dtype=torch.float32) if needs_weight else None
+        no_tokens = len(tokens) == 0
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight and no_tokens else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         kept, ctx.kept = ctx.kept, []  # written over here: a second backward pass computes them again
         for index, rows in enumerate(chunks(len(tokens), len(weight), hidden.device)):
@@ -266,12 +266,9 @@ class _TokenStatistics(torch.autograd.Function):
             d_logits = d_logits.to(hidden.dtype)
             if needs_hidden:
                 d_hidden[rows] = (d_logits @ weight.to(hidden.dtype)).mul_(ctx.head.factor)
-            if d_weight is not None:
+            if needs_weight:
                 left, right = d_logits.T.float(), (hidden[rows] * ctx.head.factor).float()
-                if rows.start:
-                    d_weight.addmm_(left, right)
-                else:  # the first chunk is written without a look at what was there
-                    torch.mm(left, right, out=d_weight)
+                d_weight = left @ right if d_weight is None else d_weight.addmm_(left, right)
             if d_bias is not None:
                 d_bias.add_(d_logits.sum(0), alpha=ctx.head.factor)
         gradients_of_head = (None if d is None else d.to(weight.dtype) for d in (d_weight, d_bias))

@@ -40,6 +40,7 @@ class Policy(nn.Module):
         super().__init__()
         require_split(model)
         self.model = model
+        self._no_split_modules = model._no_split_modules  # by which accelerate shards
         self.value_head: nn.Linear | None = None
         if value_head:
             self.value_head = nn.Linear(head_of(model).weight.shape[1], 1, bias=False, device=model.device)
@@ -78,6 +79,7 @@ class ValueModel(nn.Module):
     def __init__(self, scalar: ScalarHeadModel) -> None:
         super().__init__()
         self.scalar = scalar
+        self._no_split_modules = scalar.model._no_split_modules  # by which accelerate shards
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """V(s_t) at the positions that predict the response tokens, 0 outside the mask. → [B, T] float32"""
@@ -93,6 +95,19 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     model.train()
+
+
+def halve_linear_layers(module: nn.Module, *, frozen_only: bool) -> None:
+    """Keep the weights of linear layers in bfloat16, where mixed precision rounds them to anyway: the same products.
+
+    Not those that are an embedding as well, whose rows are read as they are.
+    """
+    embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    for part in module.modules():
+        if isinstance(part, nn.Linear) and id(part.weight) not in embeddings:
+            for parameter in part.parameters(recurse=False):
+                if not (frozen_only and parameter.requires_grad):
+                    parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def mixed_precision(device: torch.device, precision: str) -> torch.autocast:

@@ -45,14 +45,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rlhf import kl, scoring
-from rlhf.command_line import parse_config, read_settings, run_command
+from rlhf.command_line import parse_config, read_settings, run_process
 from rlhf.config import PPOConfig
 from rlhf.data import Prompt, by_length
-from rlhf.distributed import Processes, gather_rollouts
+from rlhf.distributed import Processes, gather_rollouts, whole
 from rlhf.evaluation import Evaluation, compare, evaluation_of
 from rlhf.guards import DivergedError
 from rlhf.kl import Comparison
@@ -362,7 +363,7 @@ def minibatch_step(run: Run, minibatch: Experience) -> dict[str, float]:
     metrics = {name: total / num_tokens for name, total in processes.sum(sums).items()}
     metrics["ratio_deviation"] = processes.max(deviation)
     norms = {
-        name: float(processes.accelerator.clip_grad_norm_(learner.module.parameters(), run.config.max_grad_norm))
+        name: float(whole(clip_grad_norm_(learner.module.parameters(), run.config.max_grad_norm)))
         for name, learner in run.learners.items()
     }
     allowed = run.guard.allows(metrics["policy_loss"] + metrics["value_loss"], metrics["mean_ratio"], norms)
@@ -506,6 +507,7 @@ def train(config: PPOConfig) -> dict[str, Any]:
     processes = Processes()
     folder = RunFolder(config, writes=processes.is_main)
     run = set_up(config, processes)
+    run.distribute()
     progress = folder.resume(run) if config.resume else None
     if progress is None:
         if config.normalize_rewards:
@@ -515,7 +517,6 @@ def train(config: PPOConfig) -> dict[str, Any]:
         folder.create(config, reference_settings(config).describe)
         folder.log_samples(0, "held-out", rollout, scores, number=config.num_samples)
         progress = Progress(update=0, seconds=0.0, before=before)
-    run.distribute()
 
     def reached(update: int) -> Progress:
         return Progress(update, progress.seconds + time.perf_counter() - started, progress.before)
@@ -576,6 +577,7 @@ def one_update(run: Run, update: int) -> tuple[dict[str, float], Rollout, Scores
     experience, metrics = collect(run, rollout, scores)
     collected = time.perf_counter()
     metrics |= optimise(run, experience, update)
+    run.copy_policy()
     run.reference.after_update(run.model, update)
     if "kl/reference" in metrics:
         run.kl_controller.update(metrics["kl/reference"], config.batch_size)
@@ -616,6 +618,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # The tails of peaked distributions hold numbers below 1e-38, worth nothing, which slow a processor's products down.
-    torch.set_flush_denormal(True)
-    sys.exit(run_command(main))
+    run_process(main)

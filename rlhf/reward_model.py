@@ -16,7 +16,6 @@ Micro-batches, evaluation, checkpoints, --resume and several processes are those
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf.calibration import PairMetrics, pair_metrics, rows_for_people
-from rlhf.command_line import parse_config, required, run_command, setting
+from rlhf.command_line import parse_config, required, run_process, setting
 from rlhf.data import Example, Pair, load_pairs
 from rlhf.data_parallel import DataParallel
 from rlhf.metrics import table, write_json
@@ -249,4 +248,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_process(main)

@@ -17,11 +17,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rlhf.data import Prompt, TokenBatch, pad_left
 from rlhf.decoding import Decoded, Sampling, decode
+from rlhf.graph_decoding import decode_by_graph
 from rlhf.logprobs import gather_logprobs
 from rlhf.masking import mask_through_first
 from rlhf.models import evaluating
-
-ENGINES = ("decode", "generate")
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,9 @@ def _generate(
     return Decoded(sampled, gather_logprobs(distributions, sampled), hidden)
 
 
+ENGINES = {"decode": decode, "graph": decode_by_graph, "generate": _generate}
+
+
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -127,15 +129,16 @@ def sample(
     Each response draws from its own row of uniform numbers, taken from ``generator`` (on the CPU) before the first
     token: the result does not depend on ``batch_size`` beyond rounding, and two models sampled with the same seed share
     their random numbers. ``batch_size`` bounds how many responses are decoded at once (default all); prompts of like
-    length are decoded together. ``engine`` is "decode", or "generate" for the framework's loop; ``keep_hidden`` keeps
-    the hidden states; ``progress`` names a progress bar; ``share`` are the prompts to answer, of all.
+    length are decoded together. ``engine`` is "decode", "graph" (:mod:`rlhf.graph_decoding`), or "generate" for the
+    framework's loop; ``keep_hidden`` keeps the hidden states; ``progress`` names a progress bar; ``share`` are the
+    prompts to answer, of all.
     """
     sampling = Sampling(temperature, top_k, top_p)
     uniforms = torch.rand(len(prompts), max_new_tokens, generator=generator)
     if share is not None:
         prompts, uniforms = prompts[share], uniforms[share]
     prompt_tokens, prompt_mask = pad_left([prompt.token_ids for prompt in prompts], tokenizer.pad_token_id)
-    run = decode if engine == "decode" else _generate
+    run = ENGINES[engine]
     order = prompt_mask.sum(dim=1).argsort(stable=True)
     parts = order.split(batch_size or len(prompts))
     decoded = []

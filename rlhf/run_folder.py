@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+import soupkit
 from rlhf.checkpointing import publishing, require_new, save_model
 from rlhf.command_line import read_settings
 from rlhf.config import PPOConfig
 from rlhf.evaluation import Evaluation
+from rlhf.lora import base_of, save_adapter
 from rlhf.metrics import append_json_line, read_json_lines, write_json, write_json_lines
 from rlhf.rollout import Rollout
 from rlhf.setup import Run
@@ -99,13 +101,17 @@ class RunFolder:
         Raises OSError, with what to do, when it cannot be written; older checkpoints stay.
         """
         folder = self.path / "checkpoints" / f"update-{progress.update:06d}"
+        weights, state = run.model_weights(), run.state()
         if not self.writes or folder.exists():
             return
         try:
             with publishing(folder) as partial:
-                run.model.save_pretrained(partial)
+                if run.config.lora_rank:
+                    save_adapter(run.model, base_of(str(run.config.policy)), partial, weights)
+                else:
+                    run.model.save_pretrained(partial, state_dict=weights)
                 run.tokenizer.save_pretrained(partial)
-                torch.save(run.state(), partial / "training_state.pt")
+                torch.save(state, partial / "training_state.pt")
                 run.config.save(partial / "config.yaml")
                 write_json(partial / "progress.json", asdict(progress))
         except (
@@ -128,9 +134,11 @@ class RunFolder:
             return None
         newest = checkpoints[-1]
         require_same_settings(newest / "config.yaml", run.config)
-        policy = type(run.model).from_pretrained(newest, dtype=torch.float32)
+        model: Mapping[str, torch.Tensor] = {}
+        if not run.config.lora_rank:
+            model = type(run.model).from_pretrained(newest, dtype=torch.float32).state_dict()
         state = torch.load(newest / "training_state.pt", map_location="cpu", weights_only=True)
-        run.restore(policy.state_dict(), state)
+        run.restore(model, state)
         progress = Progress.read(newest / "progress.json")
         for name in LOGS if self.writes else ():
             kept = [row for row in read_json_lines(self.path / name) if row["update"] <= progress.update]
@@ -142,10 +150,11 @@ class RunFolder:
         """Publish ``policy/``, draw the figures, and write ``summary.json`` last, which marks the run as finished."""
         from rlhf.figures import draw_run
 
+        weights = run.model_weights()
         if not self.writes:
             return
         if not (self.path / "policy").exists():
-            save_model(run.model, run.tokenizer, self.path / "policy")
+            save_policy(run, weights, self.path)
         draw_run(self.path)
         write_json(self.path / "summary.json", summary)
 
@@ -160,6 +169,18 @@ class RunFolder:
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoints").glob("update-*"))
+
+
+def save_policy(run: Run, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Publish ``policy/``, a whole model also where an adapter was trained; that one is published as ``adapter/``."""
+    if not run.config.lora_rank:
+        save_model(run.model, run.tokenizer, folder / "policy", weights)
+        return
+    base = base_of(str(run.config.policy))
+    if not (folder / "adapter").exists():
+        with publishing(folder / "adapter") as partial:
+            save_adapter(run.model, base, partial, weights)
+    soupkit.average([f"{base}+{folder / 'adapter'}"], out=folder / "policy", dtype=torch.float32, progress=False)
 
 
 def free_bytes(path: Path) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,20 +17,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf import kl_control
 from rlhf.config import PPOConfig
 from rlhf.data import Prompt, load_prompts, shared_prompts
-from rlhf.distributed import Processes
+from rlhf.distributed import Processes, load_optimizer, load_whole, trained_weights, whole
 from rlhf.guards import StepGuard
+from rlhf.lora import LoraSettings, add_adapter, load_with_adapter
 from rlhf.models import (
+    ScalarHeadModel,
     context_length,
     load_causal_lm,
     load_scalar_head_model,
     load_tokenizer,
     require_same_tokenizer,
 )
-from rlhf.policy import Policy, ValueModel, checkpoint_activations
+from rlhf.policy import Policy, ValueModel, checkpoint_activations, halve_linear_layers
 from rlhf.randomness import generator
 from rlhf.reference import ModelReference, Reference, ReferenceSettings, folders_in, load_model_reference, names_of
 from rlhf.rewards import Reward, load_reward, name_rewards
 from rlhf.scoring import Standardisation, weigh
+
+MODEL = "model."  # where the weights of a policy's model are among the policy's
 
 
 @dataclass
@@ -47,7 +53,7 @@ class Run:
     config: PPOConfig
     processes: Processes
     tokenizer: PreTrainedTokenizerBase
-    policy: Policy
+    policy: Policy  # what samples and is measured: what is trained, or under FSDP a whole copy of it
     value_model: ValueModel | None  # None where the value head sits on the policy's trunk
     learners: dict[str, Learner]  # "policy", and "value" where it is apart
     reference: Reference
@@ -72,26 +78,34 @@ class Run:
         """The device of the policy."""
         return self.processes.device
 
+    def model_weights(self) -> dict[str, Tensor]:
+        """The trained weights of the policy's language model, whole. All processes call this together."""
+        return trained_weights(self._plain(self.learners["policy"]).get_submodule("model"))
+
     def state(self) -> dict[str, Any]:
-        """All that training changes, but for the weights of the policy's model, which a checkpoint folder holds."""
+        """What training changes beside :meth:`model_weights`, with LoRA these too, as whole tensors.
+
+        All processes call this together.
+        """
+        weights = {name: trained_weights(self._plain(learner)) for name, learner in self.learners.items()}
+        if not self.config.lora_rank:
+            weights["policy"] = {name: w for name, w in weights["policy"].items() if not name.startswith(MODEL)}
         return {
-            "value_model": None if self.value_model is None else self.value_model.state_dict(),
-            "value_head": None if self.policy.value_head is None else self.policy.value_head.state_dict(),
-            "optimizers": {name: learner.optimizer.state_dict() for name, learner in self.learners.items()},
+            "weights": weights,
+            "optimizers": {name: whole(learner.optimizer.state_dict()) for name, learner in self.learners.items()},
             "kl_controller": self.kl_controller.state(),
             "reference": self.reference.state(),
             "skipped_in_a_row": self.guard.in_a_row,
             "standardisation": None if self.standardisation is None else asdict(self.standardisation),
         }
 
-    def restore(self, policy: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Take over the policy's weights and the rest from :meth:`state`."""
-        self.policy.model.load_state_dict(policy)
-        for name, module in (("value_model", self.value_model), ("value_head", self.policy.value_head)):
-            if module is not None:
-                module.load_state_dict(state[name])
+    def restore(self, model: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Take over weights of the policy's language model, and what :meth:`state` gave."""
+        load_whole(self._plain(self.learners["policy"]), {MODEL + name: weight for name, weight in model.items()})
         for name, learner in self.learners.items():
-            learner.optimizer.load_state_dict(state["optimizers"][name])
+            load_whole(self._plain(learner), state["weights"][name])
+            load_optimizer(learner.optimizer, state["optimizers"][name])
+        self.copy_policy()
         self.kl_controller.restore(state["kl_controller"])
         self.reference.restore(state["reference"])
         self.guard.in_a_row = state["skipped_in_a_row"]
@@ -102,6 +116,16 @@ class Run:
         """Hand what is trained to accelerate, where there are several processes."""
         for learner in self.learners.values():
             learner.module, learner.optimizer = self.processes.wrap(learner.module, learner.optimizer)
+
+    def copy_policy(self) -> None:
+        """Give the policy that samples the weights that are trained, where it is a copy; all processes do together."""
+        trained = self._plain(self.learners["policy"])
+        if trained is not self.policy:
+            load_whole(self.policy, trained_weights(trained))
+
+    def _plain(self, learner: Learner) -> torch.nn.Module:
+        """A learner's module without what accelerate has put around it."""
+        return self.processes.accelerator.unwrap_model(learner.module)
 
 
 def reference_settings(config: PPOConfig) -> ReferenceSettings:
@@ -141,12 +165,20 @@ def set_up(config: PPOConfig, processes: Processes | None = None) -> Run:
     weights = weigh(list(specs), config.reward_weights)
     rewards = {name: load(spec) for name, spec in specs.items()}
     gold_reward = load(config.gold_reward) if config.gold_reward else None
-    policy = Policy(load_causal_lm(policy_folder, device=device), value_head=config.value_model == "shared")
-    value_model = None
-    if value_folder is not None:
-        value_model = ValueModel(load_scalar_head_model(value_folder, device=device, zero_head=True))
+    place = torch.device("cpu") if processes.shards else device  # from where accelerate takes each process's shard
+    trained = Policy(load_policy(config, place), value_head=config.value_model == "shared")
+    value_model = None if value_folder is None else ValueModel(load_value_model(config, value_folder, place))
+    modules = [trained, *([value_model] if value_model else [])]
+    if config.lora_rank and config.precision == "bf16":
+        for module in modules:
+            halve_linear_layers(module, frozen_only=True)
+    policy = trained
+    if processes.shards:
+        policy = deepcopy(trained).to(device)
+        if config.precision == "bf16":
+            halve_linear_layers(policy, frozen_only=False)
     if config.activation_checkpointing:
-        for model in (policy.model, *([value_model.scalar.model] if value_model else [])):
+        for model in (trained.model, *([value_model.scalar.model] if value_model else [])):
             checkpoint_activations(model)
     names = names_of([policy_folder, *named])
     tracked = config.track_kl or ([policy_folder] if config.reference_kind == "none" else [])
@@ -156,7 +188,7 @@ def set_up(config: PPOConfig, processes: Processes | None = None) -> Run:
         tokenizer=tokenizer,
         policy=policy,
         value_model=value_model,
-        learners=make_learners(config, policy, value_model),
+        learners=make_learners(config, trained, value_model),
         reference=settings.load(device),
         names=names,
         tracked={
@@ -175,6 +207,28 @@ def set_up(config: PPOConfig, processes: Processes | None = None) -> Run:
     )
 
 
+def lora_settings(config: PPOConfig) -> LoraSettings:
+    """The adapters that a configuration asks for."""
+    return LoraSettings(config.lora_rank, config.lora_alpha, tuple(config.lora_targets), config.seed)
+
+
+def load_policy(config: PPOConfig, device: torch.device) -> PreTrainedModel:
+    """The model that PPO starts from; with LoRA, frozen but for its adapter."""
+    assert config.policy is not None
+    if config.lora_rank:
+        return load_with_adapter(config.policy, lora_settings(config), device=device)
+    return load_causal_lm(config.policy, device=device)
+
+
+def load_value_model(config: PPOConfig, folder: str, device: torch.device) -> ScalarHeadModel:
+    """A separate value model, whose head starts at 0; with LoRA, frozen but for its adapter and the head."""
+    scalar = load_scalar_head_model(folder, device=device, zero_head=True)
+    if config.lora_rank:
+        add_adapter(scalar.model, lora_settings(config))
+        scalar.head.requires_grad_(True)
+    return scalar
+
+
 def make_learners(config: PPOConfig, policy: Policy, value_model: ValueModel | None) -> dict[str, Learner]:
     """Policy and value model with an AdamW each; a value head on the trunk is a group of the policy's."""
 
@@ -182,14 +236,17 @@ def make_learners(config: PPOConfig, policy: Policy, value_model: ValueModel | N
         betas = (config.adam_beta1, config.adam_beta2)
         return torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, weight_decay=0.0, fused=True)
 
-    groups: list[dict[str, object]] = [{"params": list(policy.model.parameters())}]
+    def trained(module: torch.nn.Module) -> dict[str, object]:
+        return {"params": [parameter for parameter in module.parameters() if parameter.requires_grad]}
+
+    groups = [trained(policy.model)]
     rates = [config.learning_rate]
     if policy.value_head is not None:
-        groups.append({"params": list(policy.value_head.parameters())})
+        groups.append(trained(policy.value_head))
         rates.append(config.value_learning_rate)
     learners = {"policy": Learner(policy, adamw(groups), rates)}
     if value_model is not None:
-        optimizer = adamw([{"params": list(value_model.parameters())}])
+        optimizer = adamw([trained(value_model)])
         learners["value"] = Learner(value_model, optimizer, [config.value_learning_rate])
     return learners
 

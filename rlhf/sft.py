@@ -15,7 +15,6 @@ on CPUs ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 -m rlhf.sft …) have t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,7 +22,7 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.command_line import parse_config, required, run_command, setting
+from rlhf.command_line import parse_config, required, run_process, setting
 from rlhf.data import Example, load_examples
 from rlhf.data_parallel import DataParallel
 from rlhf.logprobs import head_of, hidden_states, token_statistics, unpack
@@ -122,4 +121,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_process(main)

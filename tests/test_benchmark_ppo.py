@@ -121,8 +121,9 @@ def test_a_shared_value_head_needs_no_second_body() -> None:
     assert {part for parts in ppo.FLOOR_PHASES.values() for part in parts} == operations.keys()
 
 
-def test_every_operation_can_be_replayed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ppo_work.main(["floor", str(folder / "vocabulary-40")]) == 0
+@pytest.mark.parametrize("flags", [[], ["--onednn"]])
+def test_every_operation_can_be_replayed(flags: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ppo_work.main(["floor", str(folder / "vocabulary-40"), *flags]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["parts"].keys() == record["gflop"].keys()
     assert min(record["parts"].values()) > 0
@@ -131,10 +132,14 @@ def test_every_operation_can_be_replayed(folder: Path, capsys: pytest.CaptureFix
     assert 0 < figures["shared_seconds"] < figures["seconds"]
 
 
-def test_replayed_gradients_are_those_of_the_product() -> None:
+@pytest.mark.parametrize("multiply", [ppo_work.torch_product, ppo_work.onednn_product])
+def test_replayed_gradients_are_those_of_the_product(
+    multiply: ppo_work.Multiply, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.processor.LARGE", 1)
     inputs, weight = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     torch.manual_seed(0)
-    run = ppo_work._prepare(QUICK[0], ("gradients", 5, 3, 4))
+    run = ppo_work._prepare(QUICK[0], ("gradients", 5, 3, 4), multiply)
     torch.manual_seed(0)
     inputs, weight, upstream = (torch.randn(shape, requires_grad=True) for shape in ((5, 3), (4, 3), (5, 4)))
     expected = torch.autograd.grad(torch.nn.functional.linear(inputs, weight), (inputs, weight), upstream)
@@ -327,9 +332,9 @@ def test_a_run_measures_everything_in_turns_and_can_be_resumed(
 
     def child(case: str, folder: Path, threads: int, trl_python: Path | None, *arguments: str) -> dict[str, Any]:
         assert folder.name == "vocabulary-40"
-        assert arguments == (() if case == "floor" else ("--updates", "3"))
+        assert arguments == (() if case in ppo.FLOORS else ("--updates", "3"))
         calls.append((case, threads))
-        return floor(1.0) if case == "floor" else updates(9, 2, 2)
+        return floor(1.0) if case in ppo.FLOORS else updates(9, 2, 2)
 
     monkeypatch.setattr(ppo, "_child", child)
     monkeypatch.setattr(ppo, "_known_settings", lambda: ["policy"])
@@ -339,11 +344,13 @@ def test_a_run_measures_everything_in_turns_and_can_be_resumed(
     told = capsys.readouterr().err
     assert "shared: skipped, this rlhf has no setting value_model" in told
     assert "trl: skipped, no --trl-python was given" in told
-    assert calls == [("floor", 2), ("separate", 2), ("floor", 1), ("separate", 1)]
+    first = [(case, threads) for threads in (2, 1) for case in ("floor", "onednn_floor", "separate")]
+    assert calls == first
     assert ppo.main([*command, "--repeats", "2"]) == 2
     assert "--resume" in capsys.readouterr().err
     assert ppo.main([*command, "--repeats", "2", "--resume"]) == 0
-    assert calls[4:] == [("separate", 2), ("floor", 2), ("separate", 1), ("floor", 1)]
+    second = [(case, threads) for threads in (2, 1) for case in ("onednn_floor", "separate", "floor")]
+    assert calls[6:] == second
     entry = json.loads(output.read_text())["run"]
     assert [len(series["rounds"]) for series in entry["threads"].values()] == [2, 2]
     assert entry["task"]["vocab_size"] == 40
@@ -413,6 +420,7 @@ def test_tables_say_which_goals_are_met(tmp_path: Path) -> None:
     decoded = {
         "task": vars(FULL[0]),
         "dtype": "float32",
+        "engine": "decode",
         "threads": 1,
         "seconds": {name: measuring.spread([rows[0][name]]) for name in rows[0]},
         "ratios": {name: measuring.ratio(rows, "ours", name) for name in ("generate", "scores")},
@@ -443,7 +451,7 @@ def test_tables_say_which_goals_are_met(tmp_path: Path) -> None:
     assert "| separate ÷ floor | 2.00 (1.50–2.00; medians 2.00) | ≤ 1.25 **missed** |" in text
     assert "| shared ÷ TRL | 0.30 (0.25–0.50; medians 0.33) | ≤ 0.42 met |" in text
     assert "| peak memory, separate ÷ TRL | 0.50 (0.50–0.50; medians 0.50) | ≤ 0.6 met |" in text
-    assert "| cpu, 1 thread, 64 × 48 tokens, float32 | 2.00 (1 run) | 4.00 (1 run) | 5.00 (1 run) |" in text
+    assert "| cpu, 1 thread, decode, 64 × 48 tokens, float32 | 2.00 (1 run) | 4.00 (1 run) | 5.00 (1 run) |" in text
     assert "| 0.50 (0.50–0.50; medians 0.50) | ≤ 0.6 met |" in text
     assert "| H100, 64 × 48 tokens, float32 |" in text
     assert "≤ 0.125 **missed**" in text

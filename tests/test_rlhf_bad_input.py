@@ -15,7 +15,7 @@ import torch
 from helpers import CONTEXT, ROOT, ppo_arguments
 from safetensors.torch import load_file, save_file
 
-from rlhf import ppo, reward_model, sft
+from rlhf import ppo, processor, reward_model, sft
 from rlhf.command_line import run_command
 
 Place = Callable[[str], str]
@@ -231,12 +231,13 @@ def test_the_other_stages_refuse(
 def test_the_command_exits_with_status_two_and_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Of the process, and it would stay for all tests to come.
-    monkeypatch.setattr("torch.set_flush_denormal", lambda _: True)
+    prepared = []
+    monkeypatch.setattr(processor, "prepare", lambda: prepared.append(True))  # it would stay so for all tests to come
     monkeypatch.setattr("sys.argv", ["ppo.py", "--minibatch-size", "7", "--output", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as exit_status:
         runpy.run_path(str(ROOT / "rlhf" / "ppo.py"), run_name="__main__")
     assert exit_status.value.code == 2
+    assert prepared
     message = (
         "minibatch_size=7 does not divide batch_size=64; choose a divisor, so that every episode counts once an epoch"
     )

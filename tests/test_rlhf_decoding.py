@@ -14,9 +14,10 @@ from scipy.stats import chisquare
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from rlhf import decoding
+from rlhf import decoding, graph_decoding
 from rlhf.data import TokenBatch, pad_left
-from rlhf.decoding import Decoded, PreallocatedLayer, Sampling, decode, sample_tokens
+from rlhf.decoding import Decoded, PreallocatedLayer, Sampling, cache_argument, decode, sample_tokens
+from rlhf.graph_decoding import decode_by_graph
 from rlhf.logprobs import head_of
 
 PROMPTS = [[BOS, *(WORDS.index(letter) for letter in text)] for text in ("abc", "d", "efghi", "jk", "", "lmnabcd")] * 3
@@ -30,7 +31,9 @@ def model(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> PreTr
     return AutoModelForCausalLM.from_pretrained(checkpoints[request.param]).eval()
 
 
-def run(model: PreTrainedModel, *, left: int = 0, eos_token_id: int = EOS, **sampling: Any) -> Decoded:
+def run(
+    model: PreTrainedModel, *, left: int = 0, eos_token_id: int = EOS, decode: Any = decode, **sampling: Any
+) -> Decoded:
     """Responses to the prompts, with ``left`` more columns of padding; always the same uniforms."""
     tokens, mask = pad_left(PROMPTS, PAD)
     padded = pad_more(TokenBatch(tokens, mask, torch.zeros(len(mask), 0, dtype=torch.bool)), left, 0)
@@ -117,6 +120,54 @@ def test_padding_changes_nothing(model: PreTrainedModel, left: int) -> None:
     plain, padded = run(model), run(model, left=left)
     assert torch.equal(padded.tokens, plain.tokens)
     torch.testing.assert_close(padded.logprobs, plain.logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("looks", [1, 3, 100])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 6, "top_p": 0.9}], ids=str
+)
+def test_a_step_of_fixed_shapes_decodes_the_same(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, looks: int, sampling: dict[str, float]
+) -> None:
+    """What a GPU replays, step by step here: rows that end at once, early, late and never, with padding and without."""
+    monkeypatch.setattr(graph_decoding, "STEPS_BETWEEN_LOOKS", looks)
+    for end in (NEVER, common_end(run(model, eos_token_id=NEVER, **sampling).tokens)):
+        expected = run(model, eos_token_id=end, **sampling)
+        decoded = run(model, eos_token_id=end, decode=decode_by_graph, left=2, **sampling)
+        row_lengths = lengths(expected.tokens, end)
+        assert lengths(decoded.tokens, end) == row_lengths
+        assert decoded.tokens.shape == (len(PROMPTS), max(row_lengths))
+        for row, length in enumerate(row_lengths):
+            for name, atol in (("tokens", 0.0), ("logprobs", 1e-5), ("hidden", 1e-5)):
+                ours, theirs = (getattr(result, name)[row, :length] for result in (decoded, expected))
+                torch.testing.assert_close(ours, theirs, atol=atol, rtol=atol)
+
+
+def test_a_step_stands_where_it_stood_once_its_place_is_put_back(checkpoints: dict[str, Path]) -> None:
+    """As before a graph is captured, whose warm-up takes steps that must leave nothing behind."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["first"]).eval()
+    tokens, mask = pad_left(PROMPTS, PAD)
+    uniforms = torch.rand(len(PROMPTS), LONGEST, generator=torch.Generator().manual_seed(0))
+    plain, disturbed = (graph_decoding.Step(model, tokens, mask, uniforms, Sampling()) for _ in range(2))
+    for index in range(LONGEST - 1):
+        plain()
+        before = [tensor.clone() for tensor in disturbed.place]
+        for _ in range(2 if index < LONGEST - 2 else 0):
+            disturbed()
+            for tensor, value in zip(disturbed.place, before, strict=True):
+                tensor.copy_(value)
+        disturbed()
+    for name in ("sampled", "logprobs", "states"):
+        assert torch.equal(getattr(disturbed, name), getattr(plain, name)), name
+
+
+def test_a_step_of_fixed_shapes_refuses_layers_that_see_a_window() -> None:
+    config = Gemma2Config(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, sliding_window=3,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="engine=graph: Gemma2ForCausalLM has layers that see a window of tokens only"):
+        run(Gemma2ForCausalLM(config).eval(), decode=decode_by_graph)
 
 
 # ── What is sampled ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,7 @@ from rlhf.rollout import Rollout
 
 def rank(index: int, number: int) -> Processes:
     """One of several processes, as far as shares go."""
-    return Processes(SimpleNamespace(num_processes=number, process_index=index))  # type: ignore[arg-type]
+    return Processes(SimpleNamespace(num_processes=number, process_index=index, distributed_type=None))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,9 @@ def test_rollouts_of_several_processes_become_that_of_one(cut: int) -> None:
             calls.append(items)
             return [item for call in calls for item in call]
 
-    first, second = (Two(SimpleNamespace(num_processes=2, device=torch.device("cpu"))) for _ in range(2))  # type: ignore[arg-type]
+    first, second = (
+        Two(SimpleNamespace(num_processes=2, device=torch.device("cpu"), distributed_type=None)) for _ in range(2)
+    )  # type: ignore[arg-type]
     gather_rollouts(first, parts[0], values_of(parts[0]))
     together, tensors = gather_rollouts(second, parts[1], values_of(parts[1]))
     whole = rollout(PROMPTS, RESPONSES)

@@ -110,7 +110,8 @@ def test_cuts_are_in_the_logprobs(checkpoints: dict[str, Path], engine: str) -> 
 
 
 def test_the_engines_agree_where_nothing_is_random(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    ours, theirs = (draw(model, tokenizer, temperature=0.0, engine=engine, batch_size=10) for engine in ENGINES)
+    ours, graph, theirs = (draw(model, tokenizer, temperature=0.0, engine=engine, batch_size=10) for engine in ENGINES)
+    assert torch.equal(graph.tokens, ours.tokens)
     assert torch.equal(ours.tokens, theirs.tokens)
     assert torch.equal(ours.response_mask, theirs.response_mask)
     torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-5, rtol=0)

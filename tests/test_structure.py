@@ -25,7 +25,7 @@ AT_IMPORT_TIME = {
 # ... and inside functions on top of those.
 WHEN_ASKED_FOR = {
     "soupkit": {"yaml", "huggingface_hub", "transformers", "xxhash"},
-    "rlhf": {"matplotlib", "gguf", "pyarrow", "datasets"},
+    "rlhf": {"matplotlib", "gguf", "pyarrow", "datasets", "peft"},
     "analysis": set(),
 }
 # What measures rather than trains.

@@ -18,12 +18,11 @@ comparisons of gold. All are ordinary checkpoint folders. Then, for example:
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 
 from rlhf.checkpointing import require_new
-from rlhf.command_line import run_command
+from rlhf.command_line import run_process
 from rlhf.metrics import table
 from rlhf.reviews.task import ReviewsTask, make_task
 
@@ -61,4 +60,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_process(main)
