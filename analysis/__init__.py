@@ -12,7 +12,26 @@ each into a figure.
 from __future__ import annotations
 
 from analysis import metrics
+from analysis.curvature import Hessian, hessian
 from analysis.divergence import KLMatrix, kl_matrix
+from analysis.fisher import FisherPath, fisher_path
+from analysis.geometry import KLGeometry, SoupMixtureSlope, kl_geometry, soup_mixture_slope
 from analysis.landscape import Line, Plane, line, plane
 
-__all__ = ["KLMatrix", "Line", "Plane", "kl_matrix", "line", "metrics", "plane"]
+__all__ = [
+    "FisherPath",
+    "Hessian",
+    "KLGeometry",
+    "KLMatrix",
+    "Line",
+    "Plane",
+    "SoupMixtureSlope",
+    "fisher_path",
+    "hessian",
+    "kl_geometry",
+    "kl_matrix",
+    "line",
+    "metrics",
+    "plane",
+    "soup_mixture_slope",
+]

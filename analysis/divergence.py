@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -18,11 +19,15 @@ from analysis.results import load_npz, save_npz
 from analysis.weights import named_sources
 from rlhf.data import Prompt
 from rlhf.evaluation import compare
+from rlhf.kl import Comparison
 from rlhf.metrics import Estimate, mean_estimate
 from rlhf.models import evaluating, load_causal_lm, require_same_tokenizer
 from rlhf.randomness import generator
-from rlhf.reference import ModelReference
-from rlhf.rollout import sample
+from rlhf.reference import ModelReference, Source
+from rlhf.rollout import Rollout, sample
+
+Models = Mapping[str, str | os.PathLike[str] | PreTrainedModel] | Sequence[str | os.PathLike[str]]
+"""{name: folder or model}, or folders."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class KLMatrix:
     stderr    [N, N]  its standard error
     metadata  how it was sampled
     """
+
+    kind: ClassVar[str] = "kl_matrix"
 
     names: list[str]
     mean: np.ndarray
@@ -47,16 +54,16 @@ class KLMatrix:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a ``.npz`` file."""
-        return save_npz(path, "kl_matrix", vars(self))
+        return save_npz(path, self.kind, vars(self))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> KLMatrix:
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what :meth:`save` wrote."""
-        return cls(**load_npz(path, "kl_matrix"))
+        return cls(**load_npz(path, cls.kind))
 
 
 def kl_matrix(
-    models: Mapping[str, str | os.PathLike[str] | PreTrainedModel] | Sequence[str | os.PathLike[str]],
+    models: Models,
     prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -88,47 +95,109 @@ def kl_matrix(
     sources = named_sources(models)
     if len(sources) < 2:
         raise ValueError(f"models={list(sources)}: a matrix needs at least two; give more")
-    if not prompts:
-        raise ValueError("prompts: none given; give at least one prompt")
-    if num_responses < 1:
-        raise ValueError(f"num_responses={num_responses}: must be at least 1")
-    loaded = _load_models(sources, device)
+    samples = Samples(prompts, tokenizer, max_new_tokens, num_responses, temperature, seed, batch_size)
+    loaded = load_models(sources, device)
     names = list(loaded)
     mean, stderr = np.zeros((len(names), len(names))), np.zeros((len(names), len(names)))
-    repeated = [prompt for prompt in prompts for _ in range(num_responses)]
     bar = tqdm(names, "kl matrix", disable=not progress)
     with evaluating(*loaded.values()), bar:
         for row, name in enumerate(bar):
-            rollout = sample(
-                loaded[name],
-                tokenizer,
-                repeated,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                generator=generator(seed, "kl_matrix"),
-                batch_size=batch_size,
-            )
-            others = {other: ModelReference(model) for other, model in loaded.items() if other != name}
-            divergences = compare(loaded[name], rollout, others, temperature=temperature, batch_size=batch_size)
-            for other, values in divergences.kl.items():
-                estimate = clustered_estimate(values.sum(dim=1).reshape(len(prompts), num_responses))
-                mean[row, names.index(other)], stderr[row, names.index(other)] = estimate
-    metadata = {
-        "num_prompts": len(prompts),
-        "num_responses": num_responses,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-    }
-    return KLMatrix(names, mean, stderr, metadata)
+            others = {other: ModelReference(model, torch.float64) for other, model in loaded.items() if other != name}
+            for other, values in samples.compare(loaded[name], others).kl.items():
+                mean[row, names.index(other)], stderr[row, names.index(other)] = samples.estimate(values)
+    return KLMatrix(names, mean, stderr, samples.metadata())
 
 
-def clustered_estimate(values: Tensor) -> Estimate:
-    """Mean of R values for each of P prompts; standard error over the P prompts' means, or over R for P = 1. [P, R]"""
-    return mean_estimate(values.double().mean(dim=1) if len(values) > 1 else values[0])
+@dataclass(frozen=True)
+class Samples:
+    """P prompts with R sampled responses each: how models are compared on samples of one of them.
+
+    All models draw the same random numbers. Distributions are compared in float64: models may be so close that their
+    KL is below the rounding of float32.
+    """
+
+    prompts: Sequence[Prompt]
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int
+    num_responses: int = 1
+    temperature: float = 1.0
+    seed: int = 0
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("prompts: none given; give at least one prompt")
+        if self.num_responses < 1:
+            raise ValueError(f"num_responses={self.num_responses}: must be at least 1")
+
+    def draw(self, model: PreTrainedModel) -> Rollout:
+        """The model's responses, those to one prompt side by side. → P·R rows"""
+        return sample(
+            model,
+            self.tokenizer,
+            [prompt for prompt in self.prompts for _ in range(self.num_responses)],
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            generator=generator(self.seed, "kl_matrix"),
+            batch_size=self.batch_size,
+        )
+
+    def compare(self, model: PreTrainedModel, others: Mapping[str, Source]) -> Comparison:
+        """The model beside others, which must be in float64, at the tokens of its own responses. [P·R, T] float64"""
+        return compare(
+            model,
+            self.draw(model),
+            others,
+            temperature=self.temperature,
+            batch_size=self.batch_size,
+            dtype=torch.float64,
+        )
+
+    def units(self, values: Tensor) -> Tensor:
+        """What varies independently, in nats per response: means over each prompt's responses [P], or for P = 1 the
+        responses themselves [R], of values per token [P·R, T].
+        """
+        responses = values.double().sum(dim=1).reshape(len(self.prompts), self.num_responses)
+        return responses.mean(dim=1) if len(responses) > 1 else responses[0]
+
+    def estimate(self, values: Tensor) -> Estimate:
+        """The mean over responses of values per token [P·R, T], with its standard error over :meth:`units`."""
+        return mean_estimate(self.units(values))
+
+    def metadata(self) -> dict[str, Any]:
+        """How the responses were sampled."""
+        return {
+            "num_prompts": len(self.prompts),
+            "num_responses": self.num_responses,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+        }
 
 
-def _load_models(sources: Mapping[str, Any], device: str | torch.device) -> dict[str, PreTrainedModel]:
+def means_and_errors(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means over units and their standard errors, NaN for one unit. [E, U] → [E], [E]"""
+    num = units.shape[1]
+    errors = units.std(axis=1, ddof=1) / math.sqrt(num) if num > 1 else np.full(len(units), np.nan)
+    return units.mean(axis=1), errors
+
+
+def jackknife(units: np.ndarray, statistic: Callable[[np.ndarray], float]) -> Estimate:
+    """A function of means over U independent units, with its standard error by leaving each unit out. [E, U] → Estimate
+
+    √((U − 1)/U Σ_u (s_u − s̄)²), s_u the statistic of the means without unit u; NaN for U = 1 (Efron & Stein 1981).
+    """
+    num = units.shape[1]
+    whole = statistic(units.mean(axis=1))
+    if num == 1:
+        return Estimate(whole, math.nan)
+    without = (units.sum(axis=1, keepdims=True) - units) / (num - 1)
+    statistics = np.array([statistic(column) for column in without.T])
+    return Estimate(whole, math.sqrt((num - 1) * statistics.var()))
+
+
+def load_models(sources: Mapping[str, Any], device: str | torch.device) -> dict[str, PreTrainedModel]:
+    """Folders loaded, models as they are. Raises ValueError when their tokenizers or vocabularies differ."""
     folders = {name: os.fspath(s) for name, s in sources.items() if isinstance(s, str | os.PathLike)}
     first_folder = next(iter(folders.values()), None)
     for folder in folders.values():

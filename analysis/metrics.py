@@ -44,8 +44,19 @@ class Described:
         return self.function(model)
 
 
-def loss(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32) -> Metric:
-    """Mean negative log-likelihood per response token, in nats: Σ nll / Σ tokens over all examples."""
+@dataclass(frozen=True)
+class ResponseLoss(Described):
+    """The metric of :func:`loss`, which also says what it is the loss of, for those who differentiate it."""
+
+    examples: Sequence[Example]
+    pad_token_id: int
+
+
+def loss(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32) -> ResponseLoss:
+    """Mean negative log-likelihood per response token, in nats: Σ nll / Σ tokens over all examples.
+
+    :func:`analysis.hessian` takes its second derivative.
+    """
     examples = list(examples)
     if not examples:
         raise ValueError("examples: none given; give at least one demonstration")
@@ -53,7 +64,8 @@ def loss(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, bat
     def measure(model: PreTrainedModel) -> Estimate:
         return evaluate_loss(model, examples, tokenizer.pad_token_id, batch_size=batch_size)
 
-    return Described(measure, f"loss of {len(examples)} examples {_digest(examples)}")
+    description = f"loss of {len(examples)} examples {_digest(examples)}"
+    return ResponseLoss(measure, description, examples, tokenizer.pad_token_id)
 
 
 def sampled(

@@ -6,6 +6,7 @@ and integer parameters do not move: everywhere, also at a checkpoint, they keep 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import os
@@ -57,6 +58,11 @@ def load_model(sources: Mapping[str, Source], device: str | torch.device) -> Pre
 def moving_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that span the space: floating point, tied ones once, under their first name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+
+
+def movable(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy to be moved through weight space, in float32 or wider: coarser weights would round small steps away."""
+    return copy.deepcopy(model).to(torch.promote_types(model.dtype, torch.float32))  # type: ignore[arg-type]
 
 
 def detached(source: Source, model: nn.Module) -> Source:

@@ -63,10 +63,12 @@ def compare(
     *,
     temperature: float = 1.0,
     batch_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Comparison:
     """Read the policy and every other model over a rollout, ``batch_size`` responses of like length at a time.
 
-    Where the rollout kept the policy's hidden states, they are used and the policy is not run again.
+    Where the rollout kept the policy's hidden states, they are used and the policy is not run again. The policy's
+    distributions are normalised in ``dtype``, which those of the others must have too.
     """
     mask = rollout.response_mask
     results: dict[str, Tensor] = {}
@@ -74,22 +76,24 @@ def compare(
         part = rollout.rows(indices)
         inside = part.response_mask
         comparison = kl.compare(
-            policy_distributions(policy, part, temperature),
+            policy_distributions(policy, part, temperature, dtype),
             {name: other.distributions(part, temperature) for name, other in others.items()},
             part.response_tokens[inside],
             policy.config.get_text_config().vocab_size,
         )
         for name, packed in comparison.tensors().items():
-            results.setdefault(name, torch.zeros(mask.shape, device=mask.device))
+            results.setdefault(name, torch.zeros(mask.shape, dtype=dtype, device=mask.device))
             results[name][indices, : inside.shape[1]] = unpack(packed, inside)
     return Comparison.of(results, others)
 
 
-def policy_distributions(policy: PreTrainedModel, part: Rollout, temperature: float) -> Distributions:
+def policy_distributions(
+    policy: PreTrainedModel, part: Rollout, temperature: float, dtype: torch.dtype = torch.float32
+) -> Distributions:
     """The policy's distributions at the response tokens, from hidden states kept while sampling where there are any."""
     if part.hidden is None:
-        return model_distributions(policy, part, temperature)
-    return ModelDistributions(part.hidden[part.response_mask], head_of(policy, temperature))
+        return model_distributions(policy, part, temperature, dtype)
+    return ModelDistributions(part.hidden[part.response_mask], head_of(policy, temperature), dtype)
 
 
 def evaluate(

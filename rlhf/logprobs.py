@@ -123,25 +123,28 @@ class Distributions(Protocol):
     """Next-token distributions at the N response positions of a batch, made a few at a time."""
 
     def rows(self, rows: slice) -> Tensor:
-        """log ρ(·|s) at some of the positions. → [n, V] float32"""
+        """log ρ(·|s) at some of the positions. → [n, V] float32, or float64 where that was asked for"""
         ...
 
 
 class ModelDistributions:
-    """The distributions that a head gives at packed hidden states [N, d]."""
+    """The distributions that a head gives at packed hidden states [N, d], normalised in ``dtype``."""
 
-    def __init__(self, hidden: Tensor, head: Head) -> None:
+    def __init__(self, hidden: Tensor, head: Head, dtype: torch.dtype = torch.float32) -> None:
         self.hidden = hidden
         self.head = head
+        self.dtype = dtype
 
     def rows(self, rows: slice) -> Tensor:
-        return log_distribution(self.head.logits(self.hidden[rows]))
+        return log_distribution(self.head.logits(self.hidden[rows]).to(self.dtype))
 
 
 @torch.no_grad()
-def model_distributions(model: PreTrainedModel, batch: TokenBatch, temperature: float = 1.0) -> ModelDistributions:
+def model_distributions(
+    model: PreTrainedModel, batch: TokenBatch, temperature: float = 1.0, dtype: torch.dtype = torch.float32
+) -> ModelDistributions:
     """log softmax(logits / temperature) of a model at the response positions of a batch."""
-    return ModelDistributions(hidden_states(model, batch), head_of(model, temperature))
+    return ModelDistributions(hidden_states(model, batch), head_of(model, temperature), dtype)
 
 
 def chunks(num_rows: int, vocab_size: int, device: torch.device) -> Iterator[slice]:

@@ -47,14 +47,18 @@ class Source(Protocol):
 
 
 class ModelReference:
-    """A language model that is only read; a soup is one model too. It works on its own device, in its own dtype."""
+    """A language model that is only read; a soup is one model too. It works on its own device, in its own dtype.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Its distributions are normalised in ``dtype``, in float64 for what has to hold to more than float32's rounding.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> None:
         require_split(model)
         self.model = model
+        self.dtype = dtype
 
     def distributions(self, batch: TokenBatch, temperature: float = 1.0) -> Distributions:
-        there = model_distributions(self.model, batch.to(self.model.device), temperature)
+        there = model_distributions(self.model, batch.to(self.model.device), temperature, self.dtype)
         return there if self.model.device == batch.tokens.device else Moved(there, batch.tokens.device)
 
 

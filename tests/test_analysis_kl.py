@@ -13,8 +13,9 @@ from helpers import EOS, WORDS, make_gpt2, make_llama, make_tokenizer
 from transformers import LlamaForCausalLM
 
 from analysis import KLMatrix, kl_matrix
-from analysis.divergence import clustered_estimate
+from analysis.divergence import Samples
 from rlhf.data import Prompt
+from rlhf.metrics import Estimate
 
 SPECIAL = WORDS[:4]
 LENGTH = 3
@@ -105,10 +106,15 @@ def test_diagonal_is_zero_and_runs_are_alike() -> None:
 
 
 def test_standard_error_by_hand() -> None:
+    def estimate(num_prompts: int, *per_response: float) -> Estimate:
+        prompts = [Prompt("", [1])] * num_prompts
+        samples = Samples(prompts, make_tokenizer(), 2, num_responses=len(per_response) // num_prompts)
+        return samples.estimate(torch.tensor([[value - 0.5, 0.5] for value in per_response]))  # of two tokens each
+
     # Two prompts with means 2 and 6: s = √8 = 2.828, divided by √2.
-    assert clustered_estimate(torch.tensor([[1.0, 3.0], [6.0, 6.0]])) == pytest.approx((4, 2))
+    assert estimate(2, 1.0, 3.0, 6.0, 6.0) == pytest.approx((4, 2))
     # One prompt, responses 1, 3, 8: s² = 13, divided by 3.
-    assert clustered_estimate(torch.tensor([[1.0, 3.0, 8.0]])) == pytest.approx((4, math.sqrt(13 / 3)))
+    assert estimate(1, 1.0, 3.0, 8.0) == pytest.approx((4, math.sqrt(13 / 3)))
 
 
 def test_models_are_left_as_they_were(tmp_path: Path) -> None:
