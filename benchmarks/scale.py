@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 MOST_MAPPED = 2**16  # bytes from which the allocator maps a block by itself, and unmaps it when it is freed
 REPEATS = 10  # of what a rate is measured by; the fastest counts
 UPDATES = 2
+STEPS = {"roll_out": "rollout", "score": "scoring", "collect": "scoring", "optimise": "training"}  # of rlhf.ppo
 
 # Sizes of ppo_work.Task, and settings of PPOConfig; every case is the first but for what it names.
 TASK = {"vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1024, "num_layers": 6, "num_heads": 6}
@@ -84,8 +86,9 @@ def settings_of(task: Record, changes: Record) -> Record:
 
 def case(options: argparse.Namespace) -> None:
     """Run one case of rlhf.ppo: print memory and processor time of the last update's phases."""
-    import rlhf.ppo
     from ppo_work import Task, make_task, resident_bytes
+
+    import rlhf.ppo
 
     task, changes = json.loads(options.case)
     phases: dict[str, Record] = {}
@@ -119,7 +122,7 @@ def case(options: argparse.Namespace) -> None:
         return result
 
     rlhf.ppo.one_update = noted
-    for name, phase in (("roll_out", "rollout"), ("score", "scoring"), ("collect", "scoring"), ("optimise", "training")):
+    for name, phase in STEPS.items():
         setattr(rlhf.ppo, name, metered(phase, getattr(rlhf.ppo, name)))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -137,7 +140,7 @@ def case(options: argparse.Namespace) -> None:
 
 
 def rates(options: argparse.Namespace) -> None:
-    """Print this machine's rates: operations of a product, bytes of weights, seconds of a layer that computes nothing."""
+    """Print this machine's rates: operations of products, bytes of weights, seconds of a layer without arithmetic."""
     import torch
     from ppo_work import Task, language_model
 
@@ -146,8 +149,7 @@ def rates(options: argparse.Namespace) -> None:
     found: Record = {}
     for name, dtype in (("flops", torch.float32), ("bf16_flops", torch.bfloat16)):
         inputs, weight = torch.randn(rows, wide, dtype=dtype), torch.randn(inner, wide, dtype=dtype)
-        product = torch.empty(rows, inner, dtype=dtype)
-        found[name] = 2.0 * rows * wide * inner / _fastest(lambda a=inputs, b=weight, c=product: torch.mm(a, b.T, out=c))
+        found[name] = 2.0 * rows * wide * inner / _fastest(partial(torch.mm, inputs, weight.T))
     matrix, vector = torch.ones(2**13, 2**13), torch.ones(2**13)
     found["bandwidth"] = 4.0 * matrix.numel() / _fastest(lambda: torch.mv(matrix, vector))
     narrow = language_model(Task(40, 16, 32, task.num_layers, 2, 2), 1).model
@@ -224,7 +226,7 @@ def predicted(entry: Record, rates: Record) -> Record:
             "flops": sum(work.flops for work in works if work.phase == phase),
             "seconds": sum(work.seconds for work in works if work.phase == phase),
         }
-        for phase in ("rollout", "scoring", "training")
+        for phase in dict.fromkeys(STEPS.values())
     }
 
 

@@ -10,19 +10,19 @@ Symbols: L layers, d hidden size, f of the feed-forward, q = heads · head size,
 V vocabulary; an episode has P prompt tokens and T response tokens; W processes. Numbers are bytes, floating-point
 operations (two for a multiplication with its addition) and seconds, of one process.
 
-Memory is a list of parts, each with the moments of a run at which it is there (:data:`MOMENTS`); what a device must have
-is the largest sum of any moment. Time is, for every pass, the larger of arithmetic and of memory traffic, and a fixed
-cost for every layer that is started. Neither knows of fragmentation, of a device's own context (about a gigabyte on a
-GPU), or of padding: every response has T tokens.
+Memory is a list of parts, each with the moments of a run at which it is there (:data:`MOMENTS`); what a device must
+have is the largest sum of any moment. Time is, for every pass, the larger of arithmetic and of memory traffic, and a
+fixed cost for every layer that is started. Neither knows of fragmentation, of a device's own context (about a gigabyte
+on a GPU), or of padding: every response has T tokens.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModel
@@ -271,7 +271,7 @@ class Plan:
     def num_named(self) -> int:
         """Models that the KL is reported to before and after training: policy, references and followed ones."""
         config = self.config
-        return len({config.policy, *config.reference, *config.track_kl} - {None}) or 1
+        return len({config.policy, *config.reference, *config.track_kl})
 
     @property
     def shards(self) -> int:
@@ -335,7 +335,15 @@ PHASES = {
 }
 ALWAYS = tuple(MOMENTS)
 TRAINING = PHASES["training"]
-LOADED = ("policy weights", "value model weights", "reference", "reward models", "models followed", "policy that samples")
+# What is there before the first update, and stays.
+LOADED = (
+    "policy weights",
+    "value model weights",
+    "reference",
+    "reward models",
+    "models followed",
+    "policy that samples",
+)
 
 
 class Part(NamedTuple):
@@ -352,7 +360,7 @@ def weight_bytes(num: int, products: int, product_bytes: int) -> int:
 
 
 def trained_parts(plan: Plan, shape: Shape, name: str, num: int, head: int) -> list[Part]:
-    """Weights, gradients and AdamW's moments of the policy or the value model, ``num`` weights, ``head`` of them a head.
+    """Weights, gradients and AdamW's moments of policy or value model, ``num`` weights, ``head`` of them a head.
 
     Full: 4 bytes a weight, 4 a gradient, 8 two moments. LoRA: 4 a frozen weight, or 2 in bf16 where it is an
     nn.Linear's, and 16 an adapter's number. FSDP divides all of it by W. DDP adds 4 a gradient for the buckets in which
@@ -364,10 +372,11 @@ def trained_parts(plan: Plan, shape: Shape, name: str, num: int, head: int) -> l
     if rank:
         trained = shape.adapters(rank)
         weights = weight_bytes(num, shape.products + head, 2 if plan.bf16 else FLOAT32) + FLOAT32 * trained
-    there = ("step", *(("backward", "value backward") if accumulating else ("value backward",) if name == "policy" else ()))
+    once = ("value backward", "step") if name == "policy" else ("step",)  # the policy's backward pass comes first
+    of_gradients = TRAINING if accumulating else once
     parts = [
         Part(f"{name} weights", weights / plan.shards),
-        Part(f"{name} gradients", FLOAT32 * trained / plan.shards, there),
+        Part(f"{name} gradients", FLOAT32 * trained / plan.shards, of_gradients),
         Part(f"{name} AdamW moments", 2 * FLOAT32 * trained / plan.shards),
     ]
     if plan.config.processes > 1 and not plan.config.sharded:
@@ -405,14 +414,19 @@ def model_parts(plan: Plan) -> list[Part]:
 def cast_parts(plan: Plan) -> list[Part]:
     """The bfloat16 copies of trained float32 weights that autocast makes: 2 bytes for each nn.Linear weight.
 
-    They live as long as the pass, and for the backward pass. Frozen bfloat16 weights need none.
+    They live as long as sampling, scoring or a training pass does, and until its backward pass is done. Frozen bfloat16
+    weights need none; under FSDP the copy that samples has none, and is what scoring reads.
     """
     if not plan.bf16 or plan.config.lora_rank:
         return []
     policy = 2 * (plan.policy.products + plan.policy.embedding)
-    sampling = () if plan.config.sharded else (*PHASES["rollout"], "evaluation rollout")
+    reading: tuple[str, ...] = ()
+    if not plan.config.sharded:
+        reading = (*PHASES["rollout"], "evaluation rollout")
+        if not plan.keeps_hidden:
+            reading += (*PHASES["scoring"], "evaluation")
     value = [Part("casts of weights", 2 * plan.scalar.products, ("forward", "value backward"))] if plan.separate else []
-    return [Part("casts of weights", policy, ("backward", *sampling)), *value]
+    return [Part("casts of weights", policy, ("backward", *reading)), *value]
 
 
 def gathered_parts(plan: Plan) -> list[Part]:
@@ -628,8 +642,8 @@ def rollout_work(plan: Plan) -> list[Work]:
 def scoring_work(plan: Plan) -> list[Work]:
     """One forward pass of every model over all episodes; policy and references with their heads at response tokens.
 
-    The policy's body is read only where the hidden states of sampling were not kept. Reward models compute in float32. An
-    offloaded reference travels to the device and back.
+    The policy's body is read only where the hidden states of sampling were not kept. Reward models compute in float32.
+    An offloaded reference travels to the device and back.
     """
     config, device, episodes = plan.config, plan.device, plan.episodes
     passes = -(-episodes // plan.forward_batch)
@@ -637,8 +651,9 @@ def scoring_work(plan: Plan) -> list[Work]:
 
     def work(name: str, num: int, shape: Shape, length: int, bf16: bool, head_rows: int, body: bool = True) -> Work:
         flops = num * (forward_flops(shape, episodes, length) * body + head_flops(shape, head_rows))
-        traffic = num * passes * (2 if bf16 else FLOAT32) * shape.products
-        return Work("scoring", name, flops, device.seconds(flops, traffic, bf16, num * passes * shape.num_layers * body))
+        traffic = num * passes * (2 if bf16 else FLOAT32) * shape.products * body
+        seconds = device.seconds(flops, traffic, bf16, num * passes * shape.num_layers * body)
+        return Work("scoring", name, flops, seconds)
 
     policy, read = plan.policy, plan.length - 1
     reference_bf16 = plan.bf16 or config.reference_dtype != "float32"
@@ -659,9 +674,10 @@ def training_work(plan: Plan) -> list[Work]:
     """ppo_epochs passes over the batch: forward and backward of policy and value model, and AdamW's steps.
 
     Forward and backward are 3 forward passes, 2 with LoRA, whose frozen weights have no gradients; checkpointing is one
-    more. So is computing the logits again where they are not kept. Gradients of DDP travel once a step, 2 · 4 bytes each,
-    weights of FSDP twice a micro-batch and gradients once, 4 bytes each, all times (W − 1) / W; computing hides it or
-    waits for it, whichever is longer. FSDP also refreshes the copy that samples. AdamW moves 28 bytes a weight.
+    more. So is computing the logits again where they are not kept. Gradients of DDP travel once a step, 2 · 4 bytes
+    each; weights of FSDP twice a micro-batch and gradients once a step, 4 bytes each; all times (W − 1) / W. Computing
+    hides it or waits for it, whichever is longer. FSDP also refreshes the copy that samples. AdamW moves 28 bytes a
+    weight: four tensors read, three written.
     """
     config, device = plan.config, plan.device
     lora, tokens = config.lora_rank > 0, plan.length - 1
