@@ -389,16 +389,16 @@ def model_parts(plan: Plan) -> list[Part]:
 
     Reference models are whole on every process, in ``reference_dtype``; offloaded ones only while they are read. Reward
     models, and those that the KL is reported to, are whole and float32. Under FSDP a whole copy of the policy samples,
-    its nn.Linear weights in bfloat16 in bf16.
+    adapters included, its nn.Linear weights in bfloat16 in bf16, unless they are the embedding's too.
     """
     config, policy, scalar = plan.config, plan.policy, plan.scalar
     parts = trained_parts(plan, policy, "policy", policy.language_model, policy.head)
     if plan.separate:
         parts += trained_parts(plan, scalar, "value model", scalar.scalar_model, 0)
     if config.sharded:
-        products = policy.products + policy.head
-        copy = weight_bytes(policy.language_model, products, 2 if plan.bf16 else FLOAT32)
-        parts.append(Part("policy that samples", copy))
+        products = policy.products + policy.head + policy.adapters(config.lora_rank)
+        num = policy.language_model + policy.adapters(config.lora_rank)
+        parts.append(Part("policy that samples", weight_bytes(num, products, 2 if plan.bf16 else FLOAT32)))
     reading = ("forward", "compare", "evaluation")
     if config.kl_in != "reward":
         reading += ("backward",)
@@ -675,9 +675,9 @@ def training_work(plan: Plan) -> list[Work]:
 
     Forward and backward are 3 forward passes, 2 with LoRA, whose frozen weights have no gradients; checkpointing is one
     more. So is computing the logits again where they are not kept. Gradients of DDP travel once a step, 2 · 4 bytes
-    each; weights of FSDP twice a micro-batch and gradients once a step, 4 bytes each; all times (W − 1) / W. Computing
-    hides it or waits for it, whichever is longer. FSDP also refreshes the copy that samples. AdamW moves 28 bytes a
-    weight: four tensors read, three written.
+    each; weights of FSDP twice a micro-batch and gradients once, 4 bytes each; all times (W − 1) / W. Computing hides it
+    or waits for it, whichever is longer. FSDP also refreshes the copy that samples. AdamW moves 28 bytes a weight: four
+    tensors read, three written.
     """
     config, device = plan.config, plan.device
     lora, tokens = config.lora_rank > 0, plan.length - 1
@@ -695,7 +695,7 @@ def training_work(plan: Plan) -> list[Work]:
         seconds = device.seconds(flops, traffic, plan.bf16, factor * passes * shape.num_layers)
         trained = shape.adapters(config.lora_rank) if lora else num
         if config.sharded:
-            sent = away * FLOAT32 * (2 * passes * num + steps * trained)
+            sent = away * FLOAT32 * passes * (2 * num + trained)
         else:
             sent = away * FLOAT32 * 2 * steps * trained
         return Work("training", name, flops, max(seconds, sent / device.link))
