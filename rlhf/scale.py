@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -188,11 +188,15 @@ class ScaleConfig(PPOConfig):
     vocab_size: int | None = setting(None, "Its vocabulary.")
     tied: bool = setting(False, "Its head is its embedding.")
     prompt_tokens: int = setting(512, "Tokens of a prompt.")
-    lora_rank: int = setting(0, "Rank of LoRA adapters on every linear map of the layers; 0 trains all weights.")
+    lora_rank: int = setting(0, "Rank of LoRA adapters, on every linear map of the layers; 0: all weights are trained.")
 
     processes: int = setting(1, "Processes, one a device.")
     sharded: bool = setting(False, "FSDP: what is trained is spread over the processes. Default: DDP, all on each.")
     device: str = setting("h100", f"What a process runs on: {', '.join(DEVICES)}.")
+    device_memory: float | None = setting(None, "Gigabytes of memory, for a device unlike --device.")
+    device_bandwidth: float | None = setting(None, "Gigabytes of memory traffic a second, likewise.")
+    device_tflops: float | None = setting(None, "10¹² operations a second of dense float32 products, likewise.")
+    device_bf16_tflops: float | None = setting(None, "10¹² operations a second of bfloat16 products, likewise.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -239,7 +243,14 @@ class Plan:
         policy = shape_of(config)
         folders = [reward for reward in config.reward if Path(reward).is_dir()]
         named = SIZES[config.reward_size] if config.reward_size else Shape.of(folders[0]) if folders else policy
-        return cls(config, policy, named, DEVICES[config.device])
+        given = {
+            "memory": (config.device_memory, GB),
+            "bandwidth": (config.device_bandwidth, GB),
+            "flops": (config.device_tflops, 1e12),
+            "bf16_flops": (config.device_bf16_tflops, 1e12),
+        }
+        changes = {name: value * unit for name, (value, unit) in given.items() if value is not None}
+        return cls(config, policy, named, replace(DEVICES[config.device], **changes))
 
     @property
     def bf16(self) -> bool:

@@ -470,6 +470,9 @@ def test_the_command_reads_a_folder_and_says_whether_it_fits(
     assert Plan.of(parse_config(ScaleConfig, flags, description="")).policy == Shape(2, 16, 32, 2, 1, 20, True, 8)
     assert run_command(scale.main, ["--size", "70b", "--processes", "8", "--sharded"]) == 0
     assert "does not fit: " in capsys.readouterr().out
+    other = "--size 1b --device_memory 24 --device_bandwidth 900 --device_tflops 20 --device_bf16_tflops 70"
+    device = Plan.of(parse_config(ScaleConfig, other.split(), description="")).device
+    assert device == replace(DEVICES["h100"], memory=24e9, bandwidth=9e11, flops=2e13, bf16_flops=7e13)
     sizes = "--num_layers 3 --hidden_size 8 --intermediate_size 12 --num_heads 2 --num_kv_heads 1 --vocab_size 20"
     assert scale.shape_of(parse_config(ScaleConfig, [*sizes.split(), "--tied"], description="")) == TINY
 
