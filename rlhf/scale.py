@@ -686,9 +686,9 @@ def training_work(plan: Plan) -> list[Work]:
 
     Forward and backward are 3 forward passes, 2 with LoRA, whose frozen weights have no gradients; checkpointing is one
     more. So is computing the logits again where they are not kept. Gradients of DDP travel once a step, 2 · 4 bytes
-    each; weights of FSDP twice a micro-batch and gradients once, 4 bytes each; all times (W − 1) / W. Computing hides it
-    or waits for it, whichever is longer. FSDP also refreshes the copy that samples. AdamW moves 28 bytes a weight: four
-    tensors read, three written.
+    each; weights of FSDP twice a micro-batch and gradients once, 4 bytes each; all times (W − 1) / W. Computing hides
+    it or waits for it, whichever is longer. FSDP also refreshes the copy that samples. AdamW moves 28 bytes a weight:
+    four tensors read, three written.
     """
     config, device = plan.config, plan.device
     lora, tokens = config.lora_rank > 0, plan.length - 1
@@ -705,11 +705,8 @@ def training_work(plan: Plan) -> list[Work]:
         traffic = factor * passes * (2 if plan.bf16 else FLOAT32) * shape.products
         seconds = device.seconds(flops, traffic, plan.bf16, factor * passes * shape.num_layers)
         trained = shape.adapters(config.lora_rank) if lora else num
-        if config.sharded:
-            sent = away * FLOAT32 * passes * (2 * num + trained)
-        else:
-            sent = away * FLOAT32 * 2 * steps * trained
-        return Work("training", name, flops, max(seconds, sent / device.link))
+        sent = passes * (2 * num + trained) if config.sharded else 2 * steps * trained
+        return Work("training", name, flops, max(seconds, away * FLOAT32 * sent / device.link))
 
     policy, scalar = plan.policy, plan.scalar
     heads = head_factor * head_flops(policy, episodes * config.max_new_tokens)
