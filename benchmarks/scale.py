@@ -4,10 +4,10 @@
     python benchmarks/scale.py table benchmarks/scale.json --into docs/scale.md
 
 Every run is a process of its own with one thread, on random models that ppo_work.py makes, of two updates of which the
-second counts. Memory is resident memory, the peak of each phase above what was resident when the first update began,
-all models loaded; the allocator gives freed blocks of 64 kB and more back at once. Time is that of the processor. The
-results hold what was measured; predictions are made anew for every table, with the rates of this machine that were
-measured beside: of a matrix product, of reading weights, and of layers too narrow to compute anything.
+second counts. Memory is resident memory: what the first update leaves behind, and the peak of each phase of the second
+above that; the allocator gives freed blocks of 64 kB and more back at once. Time is that of the processor. The results
+hold what was measured; predictions are made anew for every table, with the rates of this machine that were measured
+beside: of a matrix product, of reading weights, and of layers too narrow to compute anything.
 """
 
 from __future__ import annotations
@@ -59,9 +59,6 @@ CASES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "shared value head": ({}, {"value_model": "shared"}),
     "vocabulary 65,536": ({"vocab_size": 65536}, {}),
     "vocabulary 65,536, 4 at once": ({"vocab_size": 65536}, {"micro_batch_size": 4}),
-    "192 response tokens, 4 at once": ({"new_tokens": 192}, {"micro_batch_size": 4}),
-    "2 key–value heads": ({"num_kv_heads": 2}, {}),
-    "bf16": ({}, {"precision": "bf16"}),
 }
 
 
@@ -89,7 +86,9 @@ def case(options: argparse.Namespace) -> None:
     from ppo_work import Task, make_task, resident_bytes
 
     import rlhf.ppo
+    from rlhf import processor
 
+    processor.prepare()  # as the command does
     task, changes = json.loads(options.case)
     phases: dict[str, Record] = {}
     updates: list[int] = []  # what is resident as each begins
@@ -104,7 +103,7 @@ def case(options: argparse.Namespace) -> None:
             before = phases.get(phase, {"cpu_seconds": 0.0, "bytes": 0})
             phases[phase] = {
                 "cpu_seconds": before["cpu_seconds"] + time.process_time() - started,
-                "bytes": max(before["bytes"], resident_bytes("VmHWM") - updates[0]),
+                "bytes": max(before["bytes"], resident_bytes("VmHWM") - updates[-1]),
             }
             return result
 
@@ -117,7 +116,8 @@ def case(options: argparse.Namespace) -> None:
         phases.clear()
         result = one_update(*arguments)
         if len(updates) == UPDATES:
-            print("\n" + json.dumps({"loaded_bytes": updates[0], "phases": phases}), flush=True)  # after a bar's line
+            found = {"loaded_bytes": updates[0], "kept_bytes": updates[-1] - updates[0], "phases": phases}
+            print("\n" + json.dumps(found), flush=True)  # after the line of a progress bar
             raise SystemExit(0)  # what comes after the updates is not measured
         return result
 
@@ -144,6 +144,9 @@ def rates(options: argparse.Namespace) -> None:
     import torch
     from ppo_work import Task, language_model
 
+    from rlhf import processor
+
+    processor.prepare()
     task = Task(**json.loads(options.task))
     rows, wide, inner = task.episodes * task.length, task.hidden_size, task.intermediate_size
     found: Record = {}
@@ -210,17 +213,21 @@ def _child(command: str, argument: str) -> Record:
 
 
 def predicted(entry: Record, rates: Record) -> Record:
-    """What the model on paper says of a case, by phase: bytes above the loaded models, operations and seconds."""
-    from rlhf.scale import DEVICES, LOADED, PHASES, Plan, ScaleConfig, memory, peak, update_work
+    """What the model on paper says of a case, by phase: bytes above those between updates, operations and seconds.
+
+    Between updates there is what is there at all moments; ``kept`` are the bytes of it that no model's weights are.
+    """
+    from rlhf.scale import ALWAYS, DEVICES, LOADED, PHASES, Plan, ScaleConfig, memory, peak, update_work
 
     task = entry["task"]
     sizes = {name: task[name] for name in TASK if name in ScaleConfig.__dataclass_fields__}
     config = ScaleConfig(**settings_of(task, entry["settings"]), **sizes, tied=True)
     device = replace(DEVICES["h100"], **rates, efficiency=1.0, kind="cpu")
     plan = replace(Plan.of(config), device=device)
-    parts = [part for part in memory(plan) if part.name not in LOADED]
+    parts = [part for part in memory(plan) if part.moments != ALWAYS]
+    kept = [part.num_bytes for part in memory(plan) if part.moments == ALWAYS and part.name not in LOADED]
     works = update_work(plan)
-    return {
+    return {"kept": {"bytes": sum(kept)}} | {
         phase: {
             "bytes": peak(parts, PHASES[phase])[1],
             "flops": sum(work.flops for work in works if work.phase == phase),
@@ -237,6 +244,8 @@ def tables(results: Record) -> list[str]:
     memory_rows, time_rows = [], []
     for name, entry in results["cases"].items():
         on_paper = predicted(entry, found)
+        between = _compared(on_paper["kept"]["bytes"] / MB, entry["kept_bytes"] / MB, 0)
+        memory_rows.append([f"{name}: between updates", *between])
         for phase, record in entry["phases"].items():
             paper = on_paper[phase]
             memory_rows.append([f"{name}: {phase}", *_compared(paper["bytes"] / MB, record["bytes"] / MB, 0)])
@@ -247,7 +256,7 @@ def tables(results: Record) -> list[str]:
         f"{found['flops'] / 1e9:.0f} GFLOP/s of float32 products, {found['bf16_flops'] / 1e9:.0f} of bfloat16, "
         f"{found['bandwidth'] / 1e9:.1f} GB/s of weights, {found['launch'] * 1e6:.0f} µs a layer.",
         "",
-        *markdown(["MB above the loaded models", "on paper", "measured", "paper ÷ measured"], memory_rows),
+        *markdown(["MB", "on paper", "measured", "paper ÷ measured"], memory_rows),
         "",
         *markdown(["processor seconds", "GFLOP", "on paper", "measured", "paper ÷ measured"], time_rows),
     ]

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModel
@@ -61,10 +61,16 @@ class Shape:
         missing = [name for name in names if getattr(config, name, None) is None]
         if missing:
             raise ValueError(f"{folder}: its config has no {missing[0]}; the sizes must be those of a Llama")
-        sizes = [getattr(config, name) for name in names]
-        num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_size = getattr(config, "head_dim", None)
-        shape = cls(*sizes, num_kv_heads, config.vocab_size, bool(config.tie_word_embeddings), head_size)
+        shape = cls(
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            vocab_size=config.vocab_size,
+            tied=bool(config.tie_word_embeddings),
+            head_size=getattr(config, "head_dim", None),
+        )
         with torch.device("meta"):
             real = sum(parameter.numel() for parameter in AutoModel.from_config(config).parameters())
         if abs(shape.body / real - 1.0) > 0.02:  # biases and norms of heads are less
@@ -188,7 +194,6 @@ class ScaleConfig(PPOConfig):
     vocab_size: int | None = setting(None, "Its vocabulary.")
     tied: bool = setting(False, "Its head is its embedding.")
     prompt_tokens: int = setting(512, "Tokens of a prompt.")
-    lora_rank: int = setting(0, "Rank of LoRA adapters, on every linear map of the layers; 0: all weights are trained.")
 
     processes: int = setting(1, "Processes, one a device.")
     sharded: bool = setting(False, "FSDP: what is trained is spread over the processes. Default: DDP, all on each.")
@@ -203,8 +208,6 @@ class ScaleConfig(PPOConfig):
         for name in ("prompt_tokens", "processes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank={self.lora_rank}: must be 0 (all weights are trained) or more")
         if self.device not in DEVICES:
             raise ValueError(f"device={self.device!r}: must be one of {', '.join(DEVICES)}")
         for name in ("size", "reward_size"):
@@ -249,7 +252,7 @@ class Plan:
             "flops": (config.device_tflops, 1e12),
             "bf16_flops": (config.device_bf16_tflops, 1e12),
         }
-        changes = {name: value * unit for name, (value, unit) in given.items() if value is not None}
+        changes: dict[str, Any] = {name: value * unit for name, (value, unit) in given.items() if value is not None}
         return cls(config, policy, named, replace(DEVICES[config.device], **changes))
 
     @property
@@ -335,17 +338,20 @@ MOMENTS = {
     "backward": "training: the policy's backward pass begins",
     "value backward": "training: that of a separate value model begins",
     "step": "training: all gradients are there",
+    "copy": "training: the copy that samples takes over the weights",
+    "save": "a checkpoint is written",
     "evaluation rollout": "before and after training: held-out prompts are read",
     "evaluation": "before and after training: the policy is compared with every model that was named",
 }
 PHASES = {
     "rollout": ("prefill", "decode"),
     "scoring": ("forward", "compare"),
-    "training": ("backward", "value backward", "step"),
+    "training": ("backward", "value backward", "step", "copy"),
+    "saving": ("save",),
     "evaluation": ("evaluation rollout", "evaluation"),
 }
 ALWAYS = tuple(MOMENTS)
-TRAINING = PHASES["training"]
+MINIBATCHES = ("backward", "value backward", "step")
 # What is there before the first update, and stays.
 LOADED = (
     "policy weights",
@@ -370,6 +376,14 @@ def weight_bytes(num: int, products: int, product_bytes: int) -> int:
     return FLOAT32 * (num - products) + product_bytes * products
 
 
+def trained_numbers(plan: Plan) -> tuple[int, int]:
+    """Numbers that are trained of the policy and of a value model of its own: all weights, or those of adapters."""
+    rank = plan.config.lora_rank
+    policy = plan.policy.adapters(rank) if rank else plan.policy.language_model
+    value = plan.scalar.adapters(rank) if rank else plan.scalar.scalar_model
+    return policy, value if plan.separate else 0
+
+
 def trained_parts(plan: Plan, shape: Shape, name: str, num: int, head: int) -> list[Part]:
     """Weights, gradients and AdamW's moments of policy or value model, ``num`` weights, ``head`` of them a head.
 
@@ -384,7 +398,7 @@ def trained_parts(plan: Plan, shape: Shape, name: str, num: int, head: int) -> l
         trained = shape.adapters(rank)
         weights = weight_bytes(num, shape.products + head, 2 if plan.bf16 else FLOAT32) + FLOAT32 * trained
     once = ("value backward", "step") if name == "policy" else ("step",)  # the policy's backward pass comes first
-    of_gradients = TRAINING if accumulating else once
+    of_gradients = MINIBATCHES if accumulating else once
     parts = [
         Part(f"{name} weights", weights / plan.shards),
         Part(f"{name} gradients", FLOAT32 * trained / plan.shards, of_gradients),
@@ -410,9 +424,7 @@ def model_parts(plan: Plan) -> list[Part]:
         products = policy.products + policy.head + policy.adapters(config.lora_rank)
         num = policy.language_model + policy.adapters(config.lora_rank)
         parts.append(Part("policy that samples", weight_bytes(num, products, 2 if plan.bf16 else FLOAT32)))
-    reading = ("forward", "compare", "evaluation")
-    if config.kl_in != "reward":
-        reading += ("backward",)
+    reading = ("forward", "compare", "evaluation", *(("backward",) if config.kl_in != "reward" else ()))
     one = BYTES[config.reference_dtype] * policy.language_model
     if plan.num_references and config.reference_device is None:
         parts.append(Part("reference", plan.num_references * one, reading if config.reference_offload else ALWAYS))
@@ -456,6 +468,18 @@ def gathered_parts(plan: Plan) -> list[Part]:
 
     value = [Part("layers gathered", gathered(plan.scalar, 0), ("forward", "value backward"))] if plan.separate else []
     return [Part("layers gathered", gathered(plan.policy, plan.policy.head), ("backward",)), *value]
+
+
+def whole_parts(plan: Plan) -> list[Part]:
+    """What FSDP puts together on every device: weights for the copy that samples, weights and moments to save.
+
+    4 bytes a trained weight of the policy; and to save, unless ``save_every`` is 0, 12 a trained weight of both models.
+    """
+    if not plan.config.sharded:
+        return []
+    policy, value = trained_numbers(plan)
+    saved = 3 * FLOAT32 * (policy + value) if plan.config.save_every else 0
+    return [Part("whole tensors", FLOAT32 * policy, ("copy",)), Part("whole tensors", saved, ("save",))]
 
 
 def cache_bytes(shape: Shape, episodes: int, tokens: int, bf16: bool) -> int:
@@ -545,7 +569,7 @@ def pass_parts(plan: Plan) -> list[Part]:
     config, policy, scalar = plan.config, plan.policy, plan.scalar
     full = not config.lora_rank
     hidden = FLOAT32 * config.max_new_tokens * policy.hidden_size
-    updates = (*PHASES["rollout"], *((*PHASES["scoring"], *TRAINING) if plan.keeps_hidden else ()))
+    updates = (*PHASES["rollout"], *((*PHASES["scoring"], *PHASES["training"]) if plan.keeps_hidden else ()))
     evaluating = PHASES["evaluation"] if plan.keeps_hidden else ("evaluation rollout",)
     parts = [
         *rollout_parts(plan, plan.episodes, "prefill", ("decode",)),
@@ -590,7 +614,7 @@ def pass_parts(plan: Plan) -> list[Part]:
 
 def memory(plan: Plan) -> list[Part]:
     """Everything that takes memory on a device, but for parts of no bytes."""
-    parts = [*model_parts(plan), *cast_parts(plan), *gathered_parts(plan), *pass_parts(plan)]
+    parts = [*model_parts(plan), *cast_parts(plan), *gathered_parts(plan), *whole_parts(plan), *pass_parts(plan)]
     return [part for part in parts if part.num_bytes]
 
 
@@ -700,25 +724,23 @@ def training_work(plan: Plan) -> list[Work]:
     head_factor = (2 if lora else 3) + (rows * plan.policy.vocab_size > KEPT)
     away = (config.processes - 1) / config.processes
 
-    def work(name: str, shape: Shape, num: int, head: float) -> Work:
+    def work(name: str, shape: Shape, num: int, trained: int, head: float) -> Work:
         flops = factor * forward_flops(shape, episodes, tokens) + head
         traffic = factor * passes * (2 if plan.bf16 else FLOAT32) * shape.products
         seconds = device.seconds(flops, traffic, plan.bf16, factor * passes * shape.num_layers)
-        trained = shape.adapters(config.lora_rank) if lora else num
         sent = passes * (2 * num + trained) if config.sharded else 2 * steps * trained
         return Work("training", name, flops, max(seconds, away * FLOAT32 * sent / device.link))
 
     policy, scalar = plan.policy, plan.scalar
     heads = head_factor * head_flops(policy, episodes * config.max_new_tokens)
-    works = [work("policy", policy, policy.language_model, heads)]
-    trained = policy.adapters(config.lora_rank) if lora else policy.language_model
+    of_policy, of_value = trained_numbers(plan)
+    works = [work("policy", policy, policy.language_model, of_policy, heads)]
     if plan.separate:
-        works.append(work("value", scalar, scalar.scalar_model, 0.0))
-        trained += scalar.adapters(config.lora_rank) if lora else scalar.scalar_model
-    optimizer = 7 * FLOAT32 * steps * trained / plan.shards
+        works.append(work("value", scalar, scalar.scalar_model, of_value, 0.0))
+    optimizer = 7 * FLOAT32 * steps * (of_policy + of_value) / plan.shards
     works.append(Work("training", "AdamW", 0.0, optimizer / device.bandwidth))
     if config.sharded:
-        works.append(Work("training", "copy that samples", 0.0, away * FLOAT32 * policy.language_model / device.link))
+        works.append(Work("training", "copy that samples", 0.0, away * FLOAT32 * of_policy / device.link))
     return works
 
 

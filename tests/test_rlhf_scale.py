@@ -202,6 +202,16 @@ def test_fsdp_gathers_two_layers_and_what_is_outside_of_them() -> None:
     assert of(plan, "layers gathered", "decode") == 0
 
 
+def test_fsdp_puts_whole_tensors_together() -> None:
+    n, s = TINY.language_model, TINY.scalar_model
+    settings = {"processes": 2, "sharded": True}
+    assert [of(plan_of(**settings), "whole tensors", m) for m in ("step", "copy", "save")] == [0, 4 * n, 12 * (n + s)]
+    assert of(plan_of(**settings, value_model="shared"), "whole tensors", "save") == 12 * n
+    assert of(plan_of(**settings, save_every=0), "whole tensors", "save") == 0
+    assert of(plan_of(**settings, lora_rank=2), "whole tensors", "save") == 24 * TINY.adapters(2)
+    assert of(plan_of(processes=2), "whole tensors") == 0
+
+
 # --- memory of tokens ---
 
 
@@ -481,7 +491,6 @@ def test_the_command_reads_a_folder_and_says_whether_it_fits(
     ("settings", "message"),
     [
         ({"sharded": True}, "one process has nobody to share with"),
-        ({"lora_rank": -1}, "lora_rank=-1: must be 0"),
         ({"device": "abacus"}, "must be one of a100, h100, h200"),
         ({"size": "3b"}, "size='3b': must be one of 1b, 7b, 70b"),
         ({"processes": 0}, "processes=0: must be at least 1"),
