@@ -215,7 +215,8 @@ def _child(command: str, argument: str) -> Record:
 def predicted(entry: Record, rates: Record) -> Record:
     """What the model on paper says of a case, by phase: bytes above those between updates, operations and seconds.
 
-    Between updates there is what is there at all moments; ``kept`` are the bytes of it that no model's weights are.
+    Between updates there is what is there at all moments. ``kept`` are the bytes of it that the first update adds: AdamW's
+    moments, and the weights of a value model, which are mapped from their file and read there for the first time.
     """
     from rlhf.scale import ALWAYS, DEVICES, LOADED, PHASES, Plan, ScaleConfig, memory, peak, update_work
 
@@ -225,7 +226,8 @@ def predicted(entry: Record, rates: Record) -> Record:
     device = replace(DEVICES["h100"], **rates, efficiency=1.0, kind="cpu")
     plan = replace(Plan.of(config), device=device)
     parts = [part for part in memory(plan) if part.moments != ALWAYS]
-    kept = [part.num_bytes for part in memory(plan) if part.moments == ALWAYS and part.name not in LOADED]
+    read_before = set(LOADED) - {"value model weights"}
+    kept = [part.num_bytes for part in memory(plan) if part.moments == ALWAYS and part.name not in read_before]
     works = update_work(plan)
     return {"kept": {"bytes": sum(kept)}} | {
         phase: {

@@ -563,7 +563,7 @@ def pass_parts(plan: Plan) -> list[Part]:
     """Everything that grows with the number of tokens.
 
     Hidden states that are kept for the old log-probabilities stay until the update ends. Comparing distributions takes
-    four blocks of a chunk's logits. The head's gradient, 4·V·d, waits in the backward pass, and at its end that of the
+    five blocks of a chunk's logits: log π, π, log ρ, the difference of the logarithms, and π times that. The head's gradient, 4·V·d, waits in the backward pass, and at its end that of the
     embedding beside it where they are tied, or where there are gradients to add it to.
     """
     config, policy, scalar = plan.config, plan.policy, plan.scalar
@@ -582,7 +582,7 @@ def pass_parts(plan: Plan) -> list[Part]:
     tokens = plan.forward_batch * plan.length
     reads = max(working_bytes(scalar, False) if plan.num_rewards else 0, working_bytes(policy, plan.bf16))
     rows = plan.forward_batch * config.max_new_tokens
-    compared = 4 * FLOAT32 * chunk_rows(plan, rows) * policy.vocab_size
+    compared = 5 * FLOAT32 * chunk_rows(plan, rows) * policy.vocab_size
     states = (1 + plan.num_references) * FLOAT32 * rows * policy.hidden_size
     parts += [
         Part("activations", tokens * reads, ("forward",)),
