@@ -215,8 +215,8 @@ def _child(command: str, argument: str) -> Record:
 def predicted(entry: Record, rates: Record) -> Record:
     """What the model on paper says of a case, by phase: bytes above those between updates, operations and seconds.
 
-    Between updates there is what is there at all moments. ``kept`` are the bytes of it that the first update adds: AdamW's
-    moments, and the weights of a value model, which are mapped from their file and read there for the first time.
+    Between updates there is what is there at all moments. ``kept`` are the bytes of it that the first update adds:
+    AdamW's moments, and the weights of a value model, which are mapped from their file and read there at last.
     """
     from rlhf.scale import ALWAYS, DEVICES, LOADED, PHASES, Plan, ScaleConfig, memory, peak, update_work
 

@@ -563,8 +563,9 @@ def pass_parts(plan: Plan) -> list[Part]:
     """Everything that grows with the number of tokens.
 
     Hidden states that are kept for the old log-probabilities stay until the update ends. Comparing distributions takes
-    five blocks of a chunk's logits: log π, π, log ρ, the difference of the logarithms, and π times that. The head's gradient, 4·V·d, waits in the backward pass, and at its end that of the
-    embedding beside it where they are tied, or where there are gradients to add it to.
+    five blocks of a chunk's logits: log π, π, log ρ, the difference of the logarithms, and π times that. The head's
+    gradient, 4·V·d, waits in the backward pass, and at its end that of the embedding beside it where they are tied, or
+    where there are gradients to add it to.
     """
     config, policy, scalar = plan.config, plan.policy, plan.scalar
     full = not config.lora_rank
