@@ -659,6 +659,7 @@ def rollout_work(plan: Plan) -> list[Work]:
     """Sampling: the prompts at once, then T − 1 steps of a token for every episode.
 
     A step reads all weights and the cache so far: max(operations / rate, (weights + cache) / bandwidth) + L · launch.
+    With ``engine=graph`` it reads the whole cache, and starts no layer by itself.
     """
     shape, config, device = plan.policy, plan.config, plan.device
     episodes, prompt = plan.episodes, config.prompt_tokens
@@ -666,12 +667,14 @@ def rollout_work(plan: Plan) -> list[Work]:
     flops = forward_flops(shape, episodes, prompt) + head_flops(shape, episodes)
     prefill = Work("rollout", "prefill", flops, device.seconds(flops, weights, plan.bf16, shape.num_layers))
     total = seconds = 0.0
-    for length in range(prompt + 1, plan.length):
+    graph = config.engine == "graph"
+    for so_far in range(prompt + 1, plan.length):
+        length = plan.length if graph else so_far
         attention = 4.0 * length * shape.num_layers * shape.queries
         flops = episodes * (2.0 * shape.products + attention) + head_flops(shape, episodes)
         traffic = weights + cache_bytes(shape, episodes, length, plan.bf16)
         total += flops
-        seconds += device.seconds(flops, traffic, plan.bf16, shape.num_layers)
+        seconds += device.seconds(flops, traffic, plan.bf16, 0 if graph else shape.num_layers)
     return [prefill, Work("rollout", "decode", total, seconds)]
 
 

@@ -409,6 +409,8 @@ def test_decoding_reads_weights_and_cache_at_every_step() -> None:
     assert decode_work.flops == sum(16 * (2 * 1440 + 4 * t * 3 * 8 + 2 * 160) for t in (6, 7))
     with_launch = scale.rollout_work(plan_of(device=replace(fast, launch=1.0)))
     assert with_launch[1].seconds - decode_work.seconds == pytest.approx(2 * 3)
+    graph = scale.rollout_work(plan_of(device=replace(fast, launch=1.0), engine="graph"))[1]
+    assert graph.seconds == pytest.approx((2 * weights + 2 * 16 * 8 * 3 * 4 * 8) / 5.0)
 
 
 def names(plan: Plan, phase: str) -> dict[str, scale.Work]:
