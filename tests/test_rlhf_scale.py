@@ -316,7 +316,7 @@ def test_hidden_states_stay_where_they_are_kept() -> None:
     assert [of(scored, "hidden states", m) for m in ("decode", "compare", "step")] == [states, 0, 0]
     assert of(plan_of(precision="bf16", old_logprobs="sampled"), "hidden states", "step") == states
     # Held-out episodes are sampled up to batch_size at once, by each process.
-    many = plan_of(processes=4, eval_episodes=64)
+    many = plan_of(processes=4, eval_episodes=128)
     assert of(many, "key–value cache", "evaluation rollout") == 4 * of(many, "key–value cache", "decode")
 
 
