@@ -92,7 +92,7 @@ def kl_matrix(
         raise ValueError("prompts: none given; give at least one prompt")
     if num_responses < 1:
         raise ValueError(f"num_responses={num_responses}: must be at least 1")
-    loaded = _load_models(sources, device)
+    loaded = load_models(sources, device)
     names = list(loaded)
     mean, stderr = np.zeros((len(names), len(names))), np.zeros((len(names), len(names)))
     repeated = [prompt for prompt in prompts for _ in range(num_responses)]
@@ -128,7 +128,8 @@ def clustered_estimate(values: Tensor) -> Estimate:
     return mean_estimate(values.double().mean(dim=1) if len(values) > 1 else values[0])
 
 
-def _load_models(sources: Mapping[str, Any], device: str | torch.device) -> dict[str, PreTrainedModel]:
+def load_models(sources: Mapping[str, Any], device: str | torch.device) -> dict[str, PreTrainedModel]:
+    """Folders loaded, models as they are. Raises ValueError when tokenizers or vocabulary sizes differ."""
     folders = {name: os.fspath(s) for name, s in sources.items() if isinstance(s, str | os.PathLike)}
     first_folder = next(iter(folders.values()), None)
     for folder in folders.values():
