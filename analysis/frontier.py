@@ -252,14 +252,17 @@ class SampledFrontier:
 class IdealFrontier(SampledFrontier):
     """The optima of max E[r] − β KL(π‖ρ) at C coefficients β; see the module.
 
-    kl_coefs            [C]  β, reward per nat; infinite: the reference itself
-    effective           [C]  effective samples a prompt, harmonic mean over prompts: P / Σ_x 1/n_eff(x)
-    smallest_effective  [C]  of the prompt that has the fewest
+    kl_coefs   [C]  β, reward per nat; infinite: the reference itself
+    effective  [P, C]  effective samples n_eff of every prompt
     """
 
     kl_coefs: np.ndarray
     effective: np.ndarray
-    smallest_effective: np.ndarray
+
+    @property
+    def mean_effective(self) -> np.ndarray:
+        """Harmonic mean of n_eff over prompts, by which a β is accepted or refused. [C]"""
+        return harmonic_mean(self.effective)
 
 
 @dataclass(frozen=True)
@@ -294,6 +297,7 @@ def ideal_frontier(
                       for folder in ("soup", "sft1"))
         soup.at_kl(2.0, x="kl/sft1", minus=sft1)  # more reward at 2 nats from sft1?
     """
+    _require_settings(kl_coefs, over, len(prompts))
     samples = score_samples(reference, reward, prompts, tokenizer, **sampling)
     return frontier_of_samples(
         samples,
@@ -327,27 +331,22 @@ def frontier_of_samples(
     resampled within them (by their pseudo-values).
     """
     num_prompts, num_samples = samples.values.shape[1:]
-    if over not in MIN_EFFECTIVE:
-        raise ValueError(f"over={over!r}: must be {' or '.join(MIN_EFFECTIVE)}")
+    _require_settings(kl_coefs, over, num_prompts)
     least = MIN_EFFECTIVE[over] if min_effective is None else min_effective
-    if over == "prompts" and num_prompts < 2:
-        raise ValueError("over=prompts: one prompt is no sample of prompts; give more, or over='samples'")
     coefficients = np.array(_default_kl_coefs(samples.values[0]) if kl_coefs is None else kl_coefs, dtype=float)
-    if coefficients.ndim != 1 or not len(coefficients) or not (coefficients > 0).all():
-        raise ValueError(f"kl_coefs={kl_coefs}: must be positive numbers, at least one")
     names = _names_along(samples)
     means = np.full((len(names), len(coefficients)), np.nan)
     draws = np.full((num_resamples, *means.shape), np.nan)
-    effective, smallest = np.empty((2, len(coefficients)))
+    effective = np.empty((num_prompts, len(coefficients)))
     for column, beta in enumerate(coefficients):
-        pseudo, n_eff = _tilt(samples, beta)
-        effective[column], smallest[column] = 1 / np.mean(1 / n_eff), n_eff.min()
-        if effective[column] >= least:
+        pseudo, effective[:, column] = _tilt(samples, beta)
+        mean_effective = float(harmonic_mean(effective[:, column]))
+        if mean_effective >= least:
             means[:, column] = pseudo.mean(axis=(1, 2))
             draws[:, :, column] = _resampled(pseudo, over, num_resamples, seed)
         elif kl_coefs is not None:
             raise ValueError(
-                f"kl_coefs: β = {beta:g} leaves {effective[column]:.1f} effective samples of {num_samples} a prompt "
+                f"kl_coefs: β = {beta:g} leaves {mean_effective:.1f} effective samples of {num_samples} a prompt "
                 f"(harmonic mean), fewer than min_effective={least:g}; raise β, or sample more"
             )
     metadata = samples.metadata | {
@@ -366,7 +365,6 @@ def frontier_of_samples(
         metadata=metadata,
         kl_coefs=coefficients,
         effective=effective,
-        smallest_effective=smallest,
     )
 
 
@@ -418,6 +416,15 @@ def best_of_n(
     )
 
 
+def _require_settings(kl_coefs: Sequence[float] | None, over: str, num_prompts: int) -> None:
+    if over not in MIN_EFFECTIVE:
+        raise ValueError(f"over={over!r}: must be {' or '.join(MIN_EFFECTIVE)}")
+    if over == "prompts" and num_prompts < 2:
+        raise ValueError(f"over=prompts: {num_prompts} prompts are no sample of prompts; give more, or over='samples'")
+    if kl_coefs is not None and not (len(kl_coefs) and all(beta > 0 for beta in kl_coefs)):
+        raise ValueError(f"kl_coefs={list(kl_coefs)}: must be positive numbers, at least one")
+
+
 def _resampled(pseudo: np.ndarray, over: str, num_resamples: int, seed: int) -> np.ndarray:
     """Means of pseudo-values over resampled prompts, or over samples resampled within prompts. [Q, P, n] → [R, Q]"""
     if over == "prompts":
@@ -426,6 +433,11 @@ def _resampled(pseudo: np.ndarray, over: str, num_resamples: int, seed: int) -> 
     # Prompts have seeds of their own, for their samples are independent of each other.
     within = [mean_draws(pseudo[:, p].T, num_resamples, seed * num_prompts + p) for p in range(num_prompts)]
     return np.mean(within, axis=0)
+
+
+def harmonic_mean(values: np.ndarray) -> np.ndarray:
+    """Over the first axis. [P, ...] → [...]"""
+    return 1 / np.mean(1 / values, axis=0)
 
 
 def _default_kl_coefs(rewards: np.ndarray) -> list[float]:
