@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from scipy.special import gammaln
 from scipy.stats import f as f_distribution
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from analysis.bootstrap import Interval, interval, mean_draws
@@ -123,41 +124,45 @@ def score_samples(
 
     ``reference`` is a folder, a merge recipe or a model; ``reward`` what is to be optimised, without the penalties that
     PPO adds to it (for a missing end, say); ``rewards`` are only measured, such as {"gold_reward": gold}; ``others``
-    are models that the KL is wanted to as well. ``batch_size`` bounds how many responses are handled at once. Two
-    references sampled with the same seed share their random numbers.
+    are models that the KL is wanted to as well. ``batch_size`` bounds how many responses to a prompt are handled at
+    once. Two references sampled with the same seed share their random numbers, prompt by prompt.
     """
     if not prompts:
         raise ValueError("prompts: none given; give at least one prompt")
     if num_samples < 2:
         raise ValueError(f"num_samples={num_samples}: must be at least 2, and better 64 or more")
     for name in rewards or {}:
-        if name == REWARD or name.startswith(LOG_RATIO):
+        if name == REWARD or name.startswith(LOG_RATIO) or name in (others or {}):
             raise ValueError(f"rewards: {name!r} is the name of something else; choose another")
+    if others and REWARD in others:
+        raise ValueError(f"others: {REWARD!r} is the name of the reward; choose another")
     model = (
         reference
         if isinstance(reference, PreTrainedModel)
         else load_model_reference([os.fspath(reference)], device=device).model
     )
-    repeated = [prompt for prompt in prompts for _ in range(num_samples)]
-    with evaluating(model):
-        rollout = sample(
-            model,
-            tokenizer,
-            repeated,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            generator=generator(seed, "frontier"),
-            batch_size=batch_size,
-            progress="samples of the reference" if progress else None,
-        )
-        scores = {name: score(rollout) for name, score in {REWARD: reward, **(rewards or {})}.items()}
-        if others:
-            compared = compare(model, rollout, others, temperature=temperature, batch_size=batch_size)
-            for name, logprobs in compared.other_logprobs.items():
-                scores[f"{LOG_RATIO}{name}"] = (compared.logprobs - logprobs).double().sum(dim=1)
-    arrays = {name: x.double().cpu().numpy().reshape(len(prompts), num_samples) for name, x in scores.items()}
-    log_ratios = {name.removeprefix(LOG_RATIO): x for name, x in arrays.items() if name.startswith(LOG_RATIO)}
+    scorers = {REWARD: reward, **(rewards or {})}
+    arrays = {name: np.empty((len(prompts), num_samples)) for name in (*scorers, *(others or {}))}
+    bar = tqdm(prompts, "samples of the reference", disable=not progress)
+    with evaluating(model), bar:
+        for row, prompt in enumerate(bar):
+            rollout = sample(
+                model,
+                tokenizer,
+                [prompt] * num_samples,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                generator=generator(seed, "frontier", row),
+                batch_size=batch_size,
+            )
+            for name, score in scorers.items():
+                arrays[name][row] = score(rollout).cpu()
+            if others:
+                compared = compare(model, rollout, others, temperature=temperature, batch_size=batch_size)
+                for name, logprobs in compared.other_logprobs.items():
+                    arrays[name][row] = (compared.logprobs - logprobs).double().sum(dim=1).cpu()
     measured = {name: arrays[name] for name in rewards or {}}
+    log_ratios = {name: arrays[name] for name in others or {}}
     metadata = {
         "prompts": hashlib.sha256(repr([prompt.token_ids for prompt in prompts]).encode()).hexdigest()[:12],
         "max_new_tokens": max_new_tokens,

@@ -361,3 +361,15 @@ def test_bad_samples_are_named() -> None:
         score_samples(model, TokenSum(), prompts, tokenizer, max_new_tokens=2, num_samples=1)
     with pytest.raises(ValueError, match="rewards: 'proxy_reward' is the name of something else"):
         score_samples(model, TokenSum(), prompts, tokenizer, max_new_tokens=2, rewards={"proxy_reward": TokenSum()})
+    with pytest.raises(ValueError, match="rewards: 'sft1' is the name of something else"):
+        score_samples(
+            model,
+            TokenSum(),
+            prompts,
+            tokenizer,
+            max_new_tokens=2,
+            rewards={"sft1": TokenSum()},
+            others={"sft1": ModelReference(model)},
+        )
+    with pytest.raises(ValueError, match="over='runs': must be prompts or samples"):  # before anything is sampled
+        ideal_frontier(model, TokenSum(), prompts, tokenizer, max_new_tokens=2, over="runs")
