@@ -203,7 +203,9 @@ class SampledFrontier:
         """A measure at a KL: linear in √KL between policies; with ``minus``, how much more than on that frontier.
 
         Two frontiers over the same prompts, seed and resamples are compared pair by pair: what a prompt adds to both
-        cancels. ``x`` is the KL that is matched; to compare references, choose one model for both, ``kl/sft1`` say.
+        cancels. ``x`` is the KL that is matched; to compare references, choose one model for both, ``kl/sft1`` say: of
+        ``proxy_reward``, that model's own frontier is the highest there is, and others show what it costs to start
+        elsewhere; of a reward that is not optimised, either may be.
 
         Raises ValueError outside the KL that a frontier spans, and for frontiers that are no pair.
         """
