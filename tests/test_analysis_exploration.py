@@ -140,6 +140,9 @@ def test_agrees_with_the_evaluation_of_runs(reference: LlamaForCausalLM, result:
     kept = rollout.response_mask & (rollout.response_tokens != EOS)
     responses = [tuple(row[keep].tolist()) for row, keep in zip(rollout.response_tokens, kept, strict=True)]
     different = [len(set(responses[start : start + 4])) / 4 for start in range(0, 40, 4)]
+    words = [sum(responses[start : start + 4], ()) for start in range(0, 40, 4)]
+    assert rollout.finished.any()
+    assert result["distinct_1", "far"].mean == pytest.approx(np.mean([len(set(group)) / len(group) for group in words]))
     assert result["unique_responses", "far"] == pytest.approx((np.mean(different), np.std(different, ddof=1) / 10**0.5))
 
 
