@@ -1,7 +1,7 @@
-"""Measuring what a soup reference changes: weight-space landscapes and distances between models.
+"""Measuring what a soup reference changes: weight-space landscapes, distances between models, reward against KL.
 
-Compute, then draw: every function returns a dataclass of arrays with ``save`` and ``load``; :mod:`analysis.plots` turns
-each into a figure.
+Compute, then draw: every function returns a dataclass of arrays with ``save`` and ``load``; :mod:`analysis.plots` and
+:mod:`analysis.plots_frontier` turn each into a figure.
 
     from analysis import kl_matrix, line, metrics, plane, plots
 
@@ -16,22 +16,51 @@ from analysis.curvature import Hessian, hessian
 from analysis.divergence import KLMatrix, kl_matrix
 from analysis.fisher import FisherPath, fisher_path
 from analysis.geometry import KLGeometry, SoupMixtureSlope, kl_geometry, soup_mixture_slope
+from analysis.exploration import Exploration, explore
+from analysis.frontier import (
+    BestOfN,
+    IdealFrontier,
+    ScoredSamples,
+    best_of_n,
+    frontier_of_samples,
+    ideal_frontier,
+    score_samples,
+)
 from analysis.landscape import Line, Plane, line, plane
+from analysis.run_frontier import (
+    OveroptimisationFit,
+    RewardKLFrontier,
+    fit_overoptimisation,
+    reward_kl_frontier,
+)
 
 __all__ = [
+    "BestOfN",
+    "Exploration",
     "FisherPath",
     "Hessian",
+    "IdealFrontier",
     "KLGeometry",
     "KLMatrix",
     "Line",
+    "OveroptimisationFit",
     "Plane",
+    "RewardKLFrontier",
+    "ScoredSamples",
     "SoupMixtureSlope",
+    "best_of_n",
+    "explore",
     "fisher_path",
+    "fit_overoptimisation",
+    "frontier_of_samples",
     "hessian",
+    "ideal_frontier",
     "kl_geometry",
     "kl_matrix",
     "line",
     "metrics",
     "plane",
+    "reward_kl_frontier",
+    "score_samples",
     "soup_mixture_slope",
 ]

@@ -30,10 +30,10 @@ WHEN_ASKED_FOR = {
 }
 # What measures rather than trains.
 PURE_PARTS_OF_RLHF = {
-    "data", "evaluation", "kl", "logprobs", "masking", "metrics", "models", "randomness", "reference", "rewards",
-    "rollout",
+    "command_line", "data", "decoding", "evaluation", "kl", "logprobs", "masking", "metrics", "models", "randomness",
+    "reference", "rewards", "rollout",
 }  # fmt: skip
-PLOTTING = {ROOT / "analysis" / "plots.py", ROOT / "analysis" / "plots_curvature.py"}
+PLOTTING = {ROOT / "analysis" / "plots.py", *(ROOT / "analysis").glob("plots_*.py")}
 
 
 @lru_cache
