@@ -14,9 +14,8 @@ from __future__ import annotations
 from analysis import metrics
 from analysis.curvature import Hessian, hessian
 from analysis.divergence import KLMatrix, kl_matrix
-from analysis.fisher import FisherPath, fisher_path
-from analysis.geometry import KLGeometry, SoupMixtureSlope, kl_geometry, soup_mixture_slope
 from analysis.exploration import Exploration, explore
+from analysis.fisher import FisherPath, fisher_path
 from analysis.frontier import (
     BestOfN,
     IdealFrontier,
@@ -26,6 +25,7 @@ from analysis.frontier import (
     ideal_frontier,
     score_samples,
 )
+from analysis.geometry import KLGeometry, SoupMixtureSlope, kl_geometry, soup_mixture_slope
 from analysis.landscape import Line, Plane, line, plane
 from analysis.run_frontier import (
     OveroptimisationFit,
