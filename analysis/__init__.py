@@ -11,8 +11,11 @@ each into a figure.
 
 from __future__ import annotations
 
-from analysis import metrics
+from analysis import directions, metrics
+from analysis.barrier import Barrier, barriers
 from analysis.divergence import KLMatrix, kl_matrix
-from analysis.landscape import Line, Plane, line, plane
+from analysis.landscape import Line, Plane
+from analysis.paths import line
+from analysis.planes import plane
 
-__all__ = ["KLMatrix", "Line", "Plane", "kl_matrix", "line", "metrics", "plane"]
+__all__ = ["Barrier", "KLMatrix", "Line", "Plane", "barriers", "directions", "kl_matrix", "line", "metrics", "plane"]

@@ -115,9 +115,11 @@ def test_axes_are_orthonormal_and_span_the_checkpoints() -> None:
 
 
 def weights_axes(points: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], list[tuple[float, float]]]:
-    from analysis.landscape import _axes
+    from analysis.planes import _axes
 
-    return _axes(["one", "two", "three"], *points)
+    offsets = [weights.subtract(point, points[0]) for point in points[1:]]
+    _, ends = _axes(["one", "two", "three"], offsets, "orthonormal")
+    return offsets, [(0.0, 0.0), *ends]
 
 
 def test_checkpoints_are_measured_bit_for_bit_and_twice_alike() -> None:
@@ -450,7 +452,10 @@ def test_unfit_checkpoints_are_named(changed: dict[str, weights.Source], message
         ({"margin": -0.1}, "margin=-0.1: must be finite and at least 0"),
         ({"metrics": {}}, "metrics: none given"),
         ({"metrics": {"m": 3}}, "metric 'm': a int is not callable"),
-        ({"metrics": {"m": lambda model: "high"}}, "metric 'm': returned 'high'; return a float or (mean, stderr)"),
+        (
+            {"metrics": {"m": lambda model: "high"}},
+            "metric 'm': returned 'high'; return a float, (mean, stderr)",
+        ),
         ({"metrics": {"m": lambda model: (1, 2, 3)}}, "metric 'm': returned (1, 2, 3)"),
         ({"metrics": {"m": first, "n": lambda model: {"m": 1.0}}}, "metric 'n': gives 'm', which another metric gives"),
     ],
@@ -480,5 +485,5 @@ def test_folder_with_missing_tensors_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"sft2: 1 missing tensors for LlamaForCausalLM \(first: \['model.norm.weight'"
     ):
         line([tmp_path / "sft1", tmp_path / "sft2"], {"m": logit_sum}, progress=False)
-    with pytest.raises(FileNotFoundError, match=r"sft3: no config.json"):
+    with pytest.raises(FileNotFoundError, match=r"sft3: no such folder"):
         line([tmp_path / "sft1", tmp_path / "sft3"], {"m": logit_sum}, progress=False)

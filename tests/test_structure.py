@@ -30,7 +30,8 @@ WHEN_ASKED_FOR = {
 }
 # What measures rather than trains.
 PURE_PARTS_OF_RLHF = {
-    "data", "evaluation", "kl", "masking", "metrics", "models", "randomness", "reference", "rewards", "rollout",
+    "data", "distributed", "evaluation", "kl", "masking", "metrics", "models", "randomness", "reference", "rewards",
+    "rollout",
 }  # fmt: skip
 PLOTTING = ROOT / "analysis" / "plots.py"
 
