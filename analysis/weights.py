@@ -198,7 +198,9 @@ def fingerprint(point: Tensors) -> str:
     digest = hashlib.sha256()
     for name, tensor in point.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        # A copy, as a tensor of one element may count as contiguous with strides that bytes cannot have.
+        flat = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -220,11 +222,13 @@ def difference(point: dict[str, Tensor], origin: Tensors, source: Source) -> dic
     return {name: tensor.sub_(origin[name]) for name, tensor in point.items()}
 
 
+@torch.no_grad()
 def inner(a: Tensors, b: Tensors) -> float:
     """⟨a, b⟩ over all elements, accumulated in float64: float32 sums over millions of elements are off by per cents."""
     return math.fsum(float((a[name].double() * b[name].double()).sum()) for name in a)
 
 
+@torch.no_grad()
 def norm(a: Tensors) -> float:
     """‖a‖₂ over all elements, accumulated in float64."""
     return math.hypot(*(float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) for tensor in a.values()))
