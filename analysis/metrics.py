@@ -128,6 +128,9 @@ def sampled(
         raise ValueError("prompts: none given; give at least one prompt")
 
     def measure(model: PreTrainedModel) -> dict[str, Value]:
+        for name, reference in references.items():
+            if getattr(reference, "model", None) is model:
+                raise ValueError(f"reference {name!r}: is the model that is moved; load it once more for a reference")
         rollout = sample(
             model,
             tokenizer,

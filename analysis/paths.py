@@ -88,7 +88,7 @@ def line(
         assert radius is not None
         (name, source), ahead = *sources.items(), weights.read_direction("direction", direction, model)
         origin = weights.read(name, source, model)
-        hashes = {name: weights.fingerprint(origin), "direction": weights.fingerprint(ahead)}
+        hashes = {name: weights.fingerprint(origin)}
         t = np.unique(np.append(spread(radius, steps), 0.0))
         coordinates, length = {name: 0.0}, weights.norm(ahead)
         points = [partial(weights.put, model, origin, *(([ahead], [a]) if a else ())) for a in t.tolist()]
@@ -99,6 +99,7 @@ def line(
         measurements=Measurements.empty(len(points)),
         metadata={
             "checkpoints": hashes,
+            "directions": [weights.fingerprint(ahead)] if direction else [],
             "steps": steps,
             "margin": margin,
             "radius": radius,

@@ -92,23 +92,22 @@ def plane(
     )
 
     origin = weights.read(names[0], sources[names[0]], model)
-    hashes = {names[0]: weights.fingerprint(origin)}
-    offsets = []
+    hashes, direction_hashes = {names[0]: weights.fingerprint(origin)}, []
+    axes: list[dict[str, Tensor]] = []
     if directions is None:
         for name in names[1:]:
             point = weights.read(name, sources[name], model)
             hashes[name] = weights.fingerprint(point)
-            offsets.append(weights.difference(point, origin, sources[name]))
+            axes.append(weights.difference(point, origin, sources[name]))
             del point
     else:
         for number, direction in enumerate(directions, 1):
             tensors = weights.read_direction(f"direction {number}", direction, model)
-            hashes[f"direction {number}"] = weights.fingerprint(tensors)
+            direction_hashes.append(weights.fingerprint(tensors))
             if coordinates == "orthonormal":  # Gram–Schmidt is done in place.
                 tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-            offsets.append(tensors)
-    gram, corners = _axes(names if directions is None else None, offsets, coordinates)
-    axes = offsets
+            axes.append(tensors)
+    gram, corners = _make_axes(axes, coordinates, names if directions is None else None)
     places = dict(zip(names, [(0.0, 0.0), *corners], strict=False))  # a direction's end is no checkpoint
     exact = {place: name for name, place in places.items()}
     distance = dict.fromkeys(names, 0.0)
@@ -131,6 +130,7 @@ def plane(
         measurements=Measurements.empty(len(places) + steps**2),
         metadata={
             "checkpoints": hashes,
+            "directions": direction_hashes,
             "steps": steps,
             "margin": margin,
             "radius": radius,
@@ -185,8 +185,8 @@ def _check(
         raise ValueError(f"mark={clash}: names of the plane's own checkpoints; give marks other names")
 
 
-def _axes(
-    names: Sequence[str] | None, vectors: Sequence[dict[str, Tensor]], coordinates: str
+def _make_axes(
+    vectors: Sequence[dict[str, Tensor]], coordinates: str, names: Sequence[str] | None
 ) -> tuple[np.ndarray, list[tuple[float, float]]]:
     """The axes' inner products, and the coordinates of the two vectors' ends. Orthonormal axes take their places.
 

@@ -116,10 +116,10 @@ def test_axes_are_orthonormal_and_span_the_checkpoints() -> None:
 
 
 def weights_axes(points: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], list[tuple[float, float]]]:
-    from analysis.planes import _axes
+    from analysis.planes import _make_axes
 
     offsets = [weights.subtract(point, points[0]) for point in points[1:]]
-    _, ends = _axes(["one", "two", "three"], offsets, "orthonormal")
+    _, ends = _make_axes(offsets, "orthonormal", ["one", "two", "three"])
     return offsets, [(0.0, 0.0), *ends]
 
 
@@ -506,6 +506,14 @@ def test_examples_must_stay_the_same() -> None:
         line(CORNERS, {"m": lambda model: metrics.PerExample(np.ones(next(numbers)))}, model=Vector(), progress=False)
 
 
+def test_a_reference_that_moves_is_refused() -> None:
+    model = make_llama(1)
+    references = {"start": ModelReference(model)}
+    metric = metrics.sampled([Prompt("p", [1])], make_tokenizer(), rewards={}, references=references, max_new_tokens=2)
+    with pytest.raises(ValueError, match="reference 'start': is the model that is moved; load it once more"):
+        line({"one": model, "two": make_llama(2)}, {"m": metric}, model=model, progress=False)
+
+
 def test_empty_data_is_refused() -> None:
     with pytest.raises(ValueError, match="prompts: none given; give at least one prompt"):
         metrics.sampled([], make_tokenizer(), rewards={}, references={}, max_new_tokens=2)
@@ -623,6 +631,20 @@ def test_resuming_something_else_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"not a zip file")
     with pytest.raises(ValueError, match=r"plane.npz: not a result that analysis saved"):
         plane(CORNERS, {"m": UNINTERRUPTED}, **arguments)
+
+
+def test_resuming_along_another_direction_is_refused(tmp_path: Path) -> None:
+    arguments = {"model": Vector(), "steps": 2, "progress": False, "radius": 1.0}
+    for measure, name, given in ((plane, "directions", SLANTED), (line, "direction", SLANTED[0])):
+        save = {"save": tmp_path / f"{name}.npz", "resume": True}
+        once = measure({"one": vector(0, 0)}, {"m": UNINTERRUPTED}, **{name: given}, **save, **arguments)
+        again = measure({"one": vector(0, 0)}, {"m": UNINTERRUPTED}, **{name: given}, **save, **arguments)
+        np.testing.assert_array_equal(once.values["m"], again.values["m"])
+        other = SLANTED[::-1] if measure is plane else SLANTED[1]
+        with pytest.raises(ValueError, match=f"{name}.npz: was computed with directions="):
+            measure({"one": vector(0, 0)}, {"m": UNINTERRUPTED}, **{name: other}, **save, **arguments)
+        with pytest.raises(ValueError, match=f"{name}.npz: was computed with radius=1.0, now 2"):
+            measure({"one": vector(0, 0)}, {"m": UNINTERRUPTED}, **{name: given}, **save, **arguments | {"radius": 2})
 
 
 def test_saving_and_loading_loses_nothing(tmp_path: Path) -> None:
