@@ -52,7 +52,7 @@ def line(
     save         file that holds what is done, written after every point; with ``resume``, continued where it exists
 
     In memory are two copies of the weights besides the model's own, and a third of a ``model`` that is given, to put it
-    back.
+    back. Where a launcher has started several processes, all of them must call: they share the points.
 
     Raises ValueError when checkpoints do not fit the model or each other, or coincide, or when ``save`` holds another
     computation; FileExistsError when ``save`` exists and ``resume`` is not set.
@@ -82,16 +82,19 @@ def line(
         save=save,
         resume=resume,
     )
+    along: list[dict[str, Tensor]] = []
     if direction is None:
         hashes, t, coordinates, length, points = _through(sources, model, steps, margin)
     else:
         assert radius is not None
-        (name, source), ahead = *sources.items(), weights.read_direction("direction", direction, model)
+        ((name, source),) = sources.items()
+        along = [weights.read_direction("direction", direction, model)]
         origin = weights.read(name, source, model)
         hashes = {name: weights.fingerprint(origin)}
         t = np.unique(np.append(spread(radius, steps), 0.0))
-        coordinates, length = {name: 0.0}, weights.norm(ahead)
-        points = [partial(weights.put, model, origin, *(([ahead], [a]) if a else ())) for a in t.tolist()]
+        coordinates, length = {name: 0.0}, weights.norm(along[0])
+        # At 0 the checkpoint itself, bit for bit: the sum would lose the signs of its zeros.
+        points = [partial(weights.put, model, origin, *((along, [a]) if a else ())) for a in t.tolist()]
     result = Line(
         t=t,
         coordinates=coordinates,
@@ -99,7 +102,7 @@ def line(
         measurements=Measurements.empty(len(points)),
         metadata={
             "checkpoints": hashes,
-            "directions": [weights.fingerprint(ahead)] if direction else [],
+            "directions": [weights.fingerprint(each) for each in along],
             "steps": steps,
             "margin": margin,
             "radius": radius,

@@ -65,7 +65,7 @@ def plane(
     save         file that holds what is done, written after every point; with ``resume``, continued where it exists
 
     In memory are three copies of the weights besides the model's own, and a fourth of a ``model`` that is given, to put
-    it back.
+    it back. Where a launcher has started several processes, all of them must call: they share the points.
 
     Raises ValueError when checkpoints or directions do not fit the model, or lie on one line, or when ``save`` holds
     another computation; FileExistsError when ``save`` exists and ``resume`` is not set.

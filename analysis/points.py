@@ -2,8 +2,8 @@
 
 A model is written in place, point by point, and put back bit for bit, also after an exception or Ctrl-C; it is in eval
 mode meanwhile. Buffers and integer parameters stay as they are. Where a launcher (``accelerate launch``, ``torchrun``)
-has started several processes, each measures its share of the points, and all of them return the whole; metrics must
-then not depend on what was measured before.
+has started several processes, all of them must call, each measures its share of the points, and all return the whole;
+metrics must then not depend on what was measured before.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def measure_points(
     # An Accelerator of our own would settle the precision of those that a program makes later.
     processes = Processes() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     mine = pending[processes.share(len(pending))] if processes else pending
-    bar = tqdm(total=len(points), desc=progress, initial=len(points) - len(pending), disable=progress is None)
+    is_main = processes is None or processes.is_main
+    silent = progress is None or not is_main
+    bar = tqdm(total=len(points), desc=progress, initial=len(points) - len(pending), disable=silent)
     with evaluating(model), weights.preserved(model) if restore else nullcontext(), torch.no_grad(), bar:
         for step in range(-(-len(pending) // (processes.number if processes else 1))):
             with processes.failing_together(Exception) if processes else nullcontext():
@@ -85,7 +87,7 @@ def measure_points(
             for point, estimates in processes.gather(found) if processes else found:
                 measurements.record(point, estimates)
                 bar.update()
-            if save is not None and (processes is None or processes.is_main):
+            if save is not None and is_main:
                 result.save(save)
     return result
 
