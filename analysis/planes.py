@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -92,30 +92,34 @@ def plane(
     )
 
     origin = weights.read(names[0], sources[names[0]], model)
-    hashes, direction_hashes = {names[0]: weights.fingerprint(origin)}, []
-    axes: list[dict[str, Tensor]] = []
-    if directions is None:
-        for name in names[1:]:
-            point = weights.read(name, sources[name], model)
+    hashes = {names[0]: weights.fingerprint(origin)}
+
+    def offset(name: str) -> dict[str, Tensor]:
+        point = weights.read(name, sources[name], model)
+        if name not in hashes:
             hashes[name] = weights.fingerprint(point)
-            axes.append(weights.difference(point, origin, sources[name]))
-            del point
-    else:
-        for number, direction in enumerate(directions, 1):
-            tensors = weights.read_direction(f"direction {number}", direction, model)
-            direction_hashes.append(weights.fingerprint(tensors))
+        return weights.difference(point, origin, sources[name])
+
+    @lru_cache(maxsize=1)
+    def frame() -> tuple[list[dict[str, Tensor]], np.ndarray, list[tuple[float, float]]]:
+        if directions is None:
+            vectors = [offset(name) for name in names[1:]]
+        else:
+            vectors = [weights.read_direction(f"direction {i}", each, model) for i, each in enumerate(directions, 1)]
             if coordinates == "orthonormal":  # Gram–Schmidt is done in place.
-                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-            axes.append(tensors)
-    gram, corners = _make_axes(axes, coordinates, names if directions is None else None)
+                vectors = [{name: tensor.clone() for name, tensor in vector.items()} for vector in vectors]
+        return vectors, *_make_axes(vectors, coordinates, names if directions is None else None)
+
+    axes, gram, corners = frame()
     places = dict(zip(names, [(0.0, 0.0), *corners], strict=False))  # a direction's end is no checkpoint
     exact = {place: name for name, place in places.items()}
     distance = dict.fromkeys(names, 0.0)
     for name in marked:
-        point = weights.read(name, sources[name], model)
-        hashes[name] = weights.fingerprint(point)
-        places[name], distance[name] = _project(weights.difference(point, origin, sources[name]), axes, gram)
-        del point
+        places[name], distance[name] = _project(offset(name), axes, gram)
+    direction_hashes = [] if directions is None else [weights.fingerprint(axis) for axis in axes]
+    # The checkpoints are measured first, each a copy of the weights meanwhile: the axes are made anew for the grid.
+    del axes
+    frame.cache_clear()
 
     x, y = (
         spread(radius, steps) if radius else _span([place[axis] for place in places.values()], steps, margin)
@@ -147,7 +151,7 @@ def plane(
         if place in exact:
             put_checkpoint(exact[place])
         else:
-            weights.put(model, origin, axes, place)
+            weights.put(model, origin, frame()[0], place)
 
     points: list[Callable[[], None]] = [partial(put_checkpoint, name) for name in places]
     points += [partial(put, (a, b)) for b in y.tolist() for a in x.tolist()]

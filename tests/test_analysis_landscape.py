@@ -690,6 +690,8 @@ def without(name: str) -> dict[str, Tensor]:
         ({"two": without("b") | {"b": torch.zeros(2)}}, "shape [2], the model's is torch.float32 of shape [1]"),
         ({"two": without("b") | {"b": torch.zeros(1, dtype=torch.int8)}}, "b is torch.int8 of shape [1]"),
         ({"two": without("b") | {"b": torch.tensor([math.nan])}}, "checkpoint 'two': b has NaN or infinite values"),
+        ({"two": without("a") | {"a": torch.tensor([1, -math.inf])}}, "'two': a has NaN or infinite values"),
+        ({"two": without("a") | {"a": torch.tensor([math.nan, 1])}}, "'two': a has NaN or infinite values"),
         ({"two": "folder"}, "checkpoint 'two': is a folder, but Vector cannot be loaded from one; give a state dict"),
         ({"two": vector(0, 0)}, "checkpoints 'one' and 'two' are equal"),
     ],
