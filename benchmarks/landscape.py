@@ -52,6 +52,9 @@ FULL = {
 QUICK = FULL | {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "layers": 2, "heads": 2, "batch": 2,
                 "tokens": 8, "steps": 3}  # fmt: skip
 TUNING_SPREAD = 0.002  # standard deviation of what a fine-tuning adds
+# For memory, larger blocks go back to the kernel when they are freed: else the heap keeps copies of the parameters,
+# more or fewer by chance.
+KEPT_BYTES = 2**18
 NUM_FORWARDS = 3  # before the plane, for the memory that forwards take by themselves
 
 NAMES = {
@@ -146,7 +149,7 @@ def work(options: argparse.Namespace) -> None:
         gc.collect()
     _reset_peak()
     started = time.perf_counter()
-    plane(model, folders, clock, task["steps"])
+    plane(model, folders, clock, options.steps or task["steps"])
     record = {
         "seconds": time.perf_counter() - started,
         "inside_seconds": clock.seconds,
@@ -276,7 +279,7 @@ def run(options: argparse.Namespace) -> None:
         turn = index % len(cases)
         records = {}
         for case in cases[turn:] + cases[:turn]:
-            records[case] = figures(_child(case, options))
+            records[case] = figures(_child(case, options), _child(case, options, for_memory=True))
             say(f"round {index + 1}: {case:<10}{_told(records[case])}")
         entry["rounds"].append({case: records[case] for case in cases})
         entry["summary"] = summary(entry["rounds"])
@@ -294,23 +297,28 @@ def _setting(peers_python: Path | None) -> Record:
     return {"machine": machine(), "versions": versions}
 
 
-def _child(case: str, options: argparse.Namespace) -> Record:
+def _child(case: str, options: argparse.Namespace, for_memory: bool = False) -> Record:
+    """What a process of its own measures. One ``for_memory`` measures few points, and frees what it does not use."""
     python = options.peers_python if case in PEERS else Path(sys.executable)
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))
     environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
     command = [python, SELF, "work", case, options.folder]
+    if for_memory:
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(KEPT_BYTES)
+        command += ["--steps", "2"]
     _, text = measured(command, environment=environment, sampled=False)
     record: Record = json.loads(text.splitlines()[-1])
     return record
 
 
-def figures(record: Record) -> Record:
-    """What a plane's record comes to.
+def figures(record: Record, memory: Record) -> Record:
+    """What a plane's records come to, the second that of the process for memory.
 
     time_ratio     seconds in all over seconds inside the forwards
     outside_ms     what is left of a point, in milliseconds
     extra_copies   peak memory above that of forwards alone, in copies of the parameters
     """
+    record = record | {key: memory[key] for key in ("forward_peak_bytes", "peak_bytes")}
     outside = record["seconds"] - record["inside_seconds"]
     return record | {
         "time_ratio": record["seconds"] / record["inside_seconds"],
@@ -401,6 +409,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add_command(commands, "work", work, "measure one plane in this process (run does it for all)")
     command.add_argument("case", choices=PLANES)
+    command.add_argument("--steps", type=int, metavar="N", help="points on each axis (default: as the task has it)")
     command.add_argument("folder", type=Path, metavar="DIR")
 
     command = add_command(commands, "table", table, "show results as Markdown, the goals beside them")

@@ -92,7 +92,7 @@ RECORD = {
 
 
 def test_figures_by_hand() -> None:
-    figures = landscape.figures(RECORD)
+    figures = landscape.figures(RECORD | {"peak_bytes": 5000}, RECORD)
     assert figures["time_ratio"] == pytest.approx(1.05)
     assert figures["outside_ms"] == pytest.approx(5)
     assert figures["extra_copies"] == pytest.approx(3.2)
@@ -101,7 +101,9 @@ def test_figures_by_hand() -> None:
 def test_rounds_and_tables(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
 
-    def child(case: str, options: argparse.Namespace) -> dict[str, Any]:
+    def child(case: str, options: argparse.Namespace, for_memory: bool = False) -> dict[str, Any]:
+        if for_memory:
+            return RECORD
         order.append(case)
         return RECORD | {"seconds": RECORD["seconds"] + len(order)}
 
