@@ -90,6 +90,18 @@ def test_two_minima_of_a_quartic() -> None:
     assert barriers(path, "mean")["excess"].height == pytest.approx(1)
 
 
+def test_rewards_of_examples_have_valleys() -> None:
+    values = np.array([[1, 1], [-4, -2], [0, 2]], dtype=float)
+    path = line_of(values.mean(axis=1).tolist())
+    path.measurements.examples["loss"] = np.stack([values, np.ones_like(values)], axis=1)
+    found = barriers(path, larger_is_better=True, num_resamples=1000)
+    same = barriers_of_examples(path.t, -values, num_resamples=1000)
+    assert found == same
+    # The mean falls from 1 to −3: by 4, the first example's from 0.5 to −4 and the second's from 1.5 to −2.
+    assert found["above_larger"].height == found["instability"].height == 4
+    assert (found["instability"].low, found["instability"].high) == pytest.approx((3.5, 4.5))
+
+
 # ── Intervals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
