@@ -11,7 +11,8 @@ Compute, then draw: every function returns a dataclass of arrays with ``save`` a
 
 from __future__ import annotations
 
-from analysis import metrics
+from analysis import directions, metrics
+from analysis.barrier import Barrier, barriers
 from analysis.curvature import Hessian, hessian
 from analysis.divergence import KLMatrix, kl_matrix
 from analysis.exploration import Exploration, explore
@@ -26,7 +27,9 @@ from analysis.frontier import (
     score_samples,
 )
 from analysis.geometry import KLGeometry, SoupMixtureSlope, kl_geometry, soup_mixture_slope
-from analysis.landscape import Line, Plane, line, plane
+from analysis.landscape import Line, Plane
+from analysis.paths import line
+from analysis.planes import plane
 from analysis.run_frontier import (
     OveroptimisationFit,
     RewardKLFrontier,
@@ -35,6 +38,7 @@ from analysis.run_frontier import (
 )
 
 __all__ = [
+    "Barrier",
     "BestOfN",
     "Exploration",
     "FisherPath",
@@ -48,7 +52,9 @@ __all__ = [
     "RewardKLFrontier",
     "ScoredSamples",
     "SoupMixtureSlope",
+    "barriers",
     "best_of_n",
+    "directions",
     "explore",
     "fisher_path",
     "fit_overoptimisation",

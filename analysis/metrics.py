@@ -4,10 +4,13 @@ A metric is any callable ``metric(model)`` that returns
 
 - a float, or
 - a pair (mean, standard error), such as :class:`rlhf.metrics.Estimate`, or
-- a mapping of names to either: several metrics in one pass.
+- a :class:`PerExample`, whose values are kept for barriers with confidence intervals, or
+- a mapping of names to any of these: several metrics in one pass.
 
-A landscape takes a dict of name to metric. A float or pair is filed under that name, a mapping's entries under their
-own names. Metrics are called under ``torch.no_grad``; one that needs gradients enables them itself. A metric may carry
+A landscape takes a dict of name to metric. A mapping's entries are filed under their own names, anything else under the
+metric's. NaN is a value like others: it is kept, counted (``num_nan``) and drawn as missing.
+
+Metrics are called under ``torch.no_grad``; one that needs gradients enables them itself. A metric may carry
 a string ``description``, which is stored with results and must agree on resuming.
 """
 
@@ -19,17 +22,45 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data import Example, Prompt
-from rlhf.evaluation import evaluate, evaluate_loss
-from rlhf.metrics import Estimate
+from rlhf.evaluation import evaluate, evaluate_loss, example_losses
+from rlhf.metrics import Estimate, ratio_estimate
 from rlhf.randomness import generator
 from rlhf.reference import Source
 from rlhf.rewards import Reward
 from rlhf.rollout import sample
 
-Value = float | tuple[float, float]
+
+@dataclass(frozen=True)
+class PerExample:
+    """A metric of n examples, in an order that is the same at every point: mean Σ a / Σ b, a and b for each example.
+
+    numerators    [n]  a, such as the sum of an example's negative log-likelihoods
+    denominators  [n]  b, such as its number of tokens; 1 for a plain mean
+    """
+
+    numerators: ArrayLike | Tensor
+    denominators: ArrayLike | Tensor = 1.0
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """Numerators and denominators, [2, n] float64."""
+        a, b = (torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in (self.numerators, self.denominators))
+        return torch.stack([a, b.expand_as(a)]).numpy()
+
+    def estimate(self) -> Estimate:
+        """The mean, with its linearised standard error."""
+        return ratio_estimate(*torch.from_numpy(self.pairs))
+
+
+Value = float | tuple[float, float] | PerExample
+Measured = Estimate | PerExample
 Metric = Callable[[Any], Value | Mapping[str, Value]]
 
 
@@ -68,6 +99,18 @@ def loss(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, bat
     return ResponseLoss(measure, description, examples, tokenizer.pad_token_id)
 
 
+def loss_per_example(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32
+) -> Metric:
+    """:func:`loss`, with the sum and the number of tokens of every example kept at every point."""
+    whole, examples = loss(examples, tokenizer), list(examples)
+
+    def measure(model: PreTrainedModel) -> PerExample:
+        return PerExample(*example_losses(model, examples, tokenizer.pad_token_id, batch_size=batch_size))
+
+    return Described(measure, f"{describe({'loss': whole})['loss']}, each kept")
+
+
 def sampled(
     prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
@@ -97,6 +140,9 @@ def sampled(
         raise ValueError("prompts: none given; give at least one prompt")
 
     def measure(model: PreTrainedModel) -> dict[str, Value]:
+        for name, reference in references.items():
+            if getattr(reference, "model", None) is model:
+                raise ValueError(f"reference {name!r}: is the model that is moved; load it once more for a reference")
         rollout = sample(
             model,
             tokenizer,
@@ -134,9 +180,9 @@ def describe(metrics: Mapping[str, Metric]) -> dict[str, str]:
     return {name: getattr(metric, "description", name) for name, metric in metrics.items()}
 
 
-def measure(metrics: Mapping[str, Metric], model: Any) -> dict[str, Estimate]:
+def measure(metrics: Mapping[str, Metric], model: Any) -> dict[str, Measured]:
     """Call every metric once; a standard error that a metric does not give is NaN."""
-    estimates: dict[str, Estimate] = {}
+    estimates: dict[str, Measured] = {}
     for name, metric in metrics.items():
         value = metric(model)
         for key, entry in value.items() if isinstance(value, Mapping) else [(name, value)]:
@@ -146,12 +192,16 @@ def measure(metrics: Mapping[str, Metric], model: Any) -> dict[str, Estimate]:
     return estimates
 
 
-def _estimate(name: str, value: Value) -> Estimate:
+def _estimate(name: str, value: Value) -> Measured:
     try:
+        if isinstance(value, PerExample):
+            return PerExample(*value.pairs)  # in memory of its own, not on the model's device
         mean, stderr = value if isinstance(value, tuple) else (value, math.nan)
         return Estimate(float(mean), float(stderr))
-    except (TypeError, ValueError):
-        raise ValueError(f"metric {name!r}: returned {value!r}; return a float or (mean, stderr)") from None
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"metric {name!r}: returned {value!r:.80}; return a float, (mean, stderr) or PerExample"
+        ) from None
 
 
 def _digest(items: Sequence[object]) -> str:

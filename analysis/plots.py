@@ -99,7 +99,12 @@ def plot_plane(result: Plane, metric: str, ax: Axes | None = None, *, levels: in
     figure = ax.get_figure()
     assert figure is not None
     figure.colorbar(filled, ax=ax, label=label_of(metric))
-    extent = max(np.ptp(result.x), np.ptp(result.y))
+    missing = result.done & ~np.isfinite(result.values[metric])
+    if missing.any():  # measured, but not a number; what is not measured yet is left blank
+        rows, columns = np.nonzero(missing)
+        ax.plot(result.x[columns], result.y[rows], "x", color="0.4", markersize=5)
+    units = np.sqrt(np.diag(result.gram))
+    extent = max(units[0] * np.ptp(result.x), units[1] * np.ptp(result.y))
     for name, point in result.coordinates.items():
         on_plane = result.distance[name] < 0.01 * extent
         marker: dict[str, Any] = {"markerfacecolor": "white" if on_plane else "none", "markersize": 7, "zorder": 10}
@@ -107,9 +112,13 @@ def plot_plane(result: Plane, metric: str, ax: Axes | None = None, *, levels: in
         ax.plot(*point, "o", markeredgecolor="white", markeredgewidth=1.5, path_effects=outline, **marker)
         offset: dict[str, Any] = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
         ax.annotate(name, point, fontsize=9, path_effects=HALO, zorder=10, **offset)
-    ax.set_aspect("equal")
-    ax.set_xlabel("weight-space L2 distance")
-    ax.set_ylabel("weight-space L2 distance")
+    if np.array_equal(result.gram, np.eye(2)):
+        ax.set_aspect("equal")
+        ax.set_xlabel("weight-space L2 distance")
+        ax.set_ylabel("weight-space L2 distance")
+    else:
+        ax.set_xlabel(f"multiple of the first direction (L2 norm {units[0]:.3g})")
+        ax.set_ylabel(f"multiple of the second direction (L2 norm {units[1]:.3g})")
     return ax
 
 

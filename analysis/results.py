@@ -6,12 +6,13 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from analysis.metrics import Measured, PerExample
 from rlhf.metrics import Estimate
 
 
@@ -19,23 +20,25 @@ from rlhf.metrics import Estimate
 class Measurements:
     """M metrics at N points.
 
-    names   M names, empty until the first point is measured
-    values  [M, N]  NaN where not measured yet
-    stderr  [M, N]  standard errors; NaN where not measured yet, or where the metric gives none
-    done    [N]     True where measured
+    names     M names, empty until the first point is measured
+    values    [M, N]  NaN where not measured yet, or where the metric itself is NaN
+    stderr    [M, N]  standard errors; NaN where not measured yet, or where the metric gives none
+    done      [N]     True where measured
+    examples  {metric: [N, 2, n]}  numerators and denominators of n examples, for metrics that give them
     """
 
     names: list[str]
     values: np.ndarray
     stderr: np.ndarray
     done: np.ndarray
+    examples: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, num_points: int) -> Measurements:
         """Nothing measured at any point."""
         return cls([], np.empty((0, num_points)), np.empty((0, num_points)), np.zeros(num_points, dtype=bool))
 
-    def record(self, point: int, estimates: Mapping[str, Estimate]) -> None:
+    def record(self, point: int, estimates: Mapping[str, Measured]) -> None:
         """Enter a point's estimates. Raises ValueError when their names are not those of the points before."""
         if not self.names:
             self.names = list(estimates)
@@ -45,9 +48,21 @@ class Measurements:
                 f"metrics: gave {list(estimates)} at point {point}, but {self.names} before; return the same "
                 "names in the same order at every point"
             )
-        for row, estimate in enumerate(estimates.values()):
+        for row, (name, estimate) in enumerate(estimates.items()):
+            if isinstance(estimate, PerExample):
+                self._keep(point, name, estimate.pairs)
+                estimate = estimate.estimate()
             self.values[row, point], self.stderr[row, point] = estimate
         self.done[point] = True
+
+    def _keep(self, point: int, name: str, pairs: np.ndarray) -> None:
+        kept = self.examples.setdefault(name, np.full((len(self.done), *pairs.shape), np.nan))
+        if kept.shape[1:] != pairs.shape:
+            raise ValueError(
+                f"metric {name!r}: gave {pairs.shape[1]} examples at point {point}, but {kept.shape[2]} before; "
+                "measure the same examples in the same order at every point"
+            )
+        kept[point] = pairs
 
     def at(self, point: int) -> dict[str, Estimate]:
         """All metrics at one point."""

@@ -127,11 +127,18 @@ def evaluation_of(
     )
 
 
-@torch.no_grad()
 def evaluate_loss(
     model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, *, batch_size: int = 32
 ) -> Estimate:
     """Mean negative log-likelihood per response token in nats, Σ nll / Σ tokens, with its standard error."""
+    return ratio_estimate(*example_losses(model, examples, pad_token_id, batch_size=batch_size))
+
+
+@torch.no_grad()
+def example_losses(
+    model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, *, batch_size: int = 32
+) -> tuple[Tensor, Tensor]:
+    """Σ nll in nats and number of tokens of every example's response. n examples → [n], [n]"""
     sums, counts = [], []
     for start in range(0, len(examples), batch_size):
         batch = batch_examples(examples[start : start + batch_size], pad_token_id, model.device)
@@ -139,4 +146,4 @@ def evaluate_loss(
         logprobs = token_statistics(hidden_states(model, batch), head_of(model), tokens).logprobs
         sums.append(-unpack(logprobs, batch.response_mask).sum(dim=1))
         counts.append(batch.response_lengths)
-    return ratio_estimate(torch.cat(sums), torch.cat(counts))
+    return torch.cat(sums), torch.cat(counts)

@@ -1,8 +1,9 @@
-"""Lines and planes: hand-worked values, exact checkpoints, untouched models, unfinished files."""
+"""Lines and planes: hand-worked values, exact checkpoints, untouched models, unfinished files, several processes."""
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import WORDS, make_llama, make_tokenizer, random_examples
+from helpers import WORDS, as_ranks, forked, make_llama, make_tokenizer, random_examples
 from torch import Tensor, nn
 
-from analysis import Line, Plane, line, metrics, plane, weights
+from analysis import Line, Plane, directions, line, metrics, plane, weights
 from rlhf.data import Prompt
 from rlhf.reference import ModelReference
 
@@ -115,9 +116,11 @@ def test_axes_are_orthonormal_and_span_the_checkpoints() -> None:
 
 
 def weights_axes(points: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], list[tuple[float, float]]]:
-    from analysis.landscape import _axes
+    from analysis.planes import _make_axes
 
-    return _axes(["one", "two", "three"], *points)
+    offsets = [weights.subtract(point, points[0]) for point in points[1:]]
+    _, ends = _make_axes(offsets, "orthonormal", ["one", "two", "three"])
+    return offsets, [(0.0, 0.0), *ends]
 
 
 def test_checkpoints_are_measured_bit_for_bit_and_twice_alike() -> None:
@@ -136,12 +139,108 @@ def test_checkpoints_are_measured_bit_for_bit_and_twice_alike() -> None:
     assert one.coordinates["mean"] == pytest.approx((one.coordinates["seed2"][0] / 2, 0), abs=1e-5)
 
 
-def test_plane_refuses_checkpoints_on_a_line() -> None:
+@pytest.mark.parametrize("coordinates", ["orthonormal", "affine"])
+def test_plane_refuses_checkpoints_on_a_line(coordinates: str) -> None:
     collinear = {"one": vector(0, 0), "two": vector(4, 0), "soup": vector(2, 0)}
     with pytest.raises(ValueError, match=r"'soup': lies on the line through 'one' and 'two' .* use analysis.line"):
-        plane(collinear, {"first": first}, model=Vector(), progress=False)
+        plane(collinear, {"first": first}, model=Vector(), coordinates=coordinates, progress=False)
     with pytest.raises(ValueError, match="'one' and 'two' are equal"):
-        plane({**CORNERS, "two": vector(0, 0)}, {"first": first}, model=Vector(), progress=False)
+        plane({**CORNERS, "two": vector(0, 0)}, {"m": first}, model=Vector(), coordinates=coordinates, progress=False)
+
+
+def test_affine_plane_by_hand() -> None:
+    named = {"first": first, "last": last, "squared": squared_distance}
+    result = plane(CORNERS, named, model=Vector(), steps=3, margin=0.5, coordinates="affine", progress=False)
+    # second − origin is (5, 0) and third − origin (2, 6), in the plane's L2 coordinates.
+    np.testing.assert_allclose(result.gram, [[25, 10], [10, 40]], rtol=1e-6)
+    assert result.coordinates == {"one": (0, 0), "two": (1, 0), "three": (0, 1)}
+    np.testing.assert_array_equal(result.x, [-0.5, 0.5, 1.5])
+    np.testing.assert_array_equal(result.y, [-0.5, 0.5, 1.5])
+    # a = 1 + 0.6 (5 x + 2 y), b = 3 + 6 y.
+    np.testing.assert_allclose(result.values["last"], [[0] * 3, [6] * 3, [12] * 3], atol=1e-5)
+    np.testing.assert_allclose(result.values["first"], 1 + 3 * result.x + 1.2 * result.y[:, None], atol=1e-5)
+    for i, y in enumerate(result.y):
+        for j, x in enumerate(result.x):
+            point = np.array([x, y])
+            assert result.values["squared"][i, j] == pytest.approx(point @ result.gram @ point, rel=1e-5)
+
+
+def test_marks_have_affine_coordinates() -> None:
+    mark = {"soup": vector(*np.array([5, 0]) / 3 + np.array([2, 6]) / 3, off_plane=2)}
+    result = plane(CORNERS, {"m": first}, model=Vector(), steps=2, coordinates="affine", mark=mark, progress=False)
+    assert result.coordinates["soup"] == pytest.approx((1 / 3, 1 / 3), abs=1e-6)
+    assert result.distance["soup"] == pytest.approx(2, rel=1e-6)
+
+
+SLANTED = [{"a": torch.tensor([3.0, 4.0])}, {"a": torch.tensor([0.6, 0.8]), "b": torch.tensor([2.0])}]
+
+
+def test_plane_along_directions_by_hand() -> None:
+    """Directions (5, 0) and (1, 2) in L2 coordinates; a name that a direction lacks stays put."""
+    arguments = {"model": Vector(), "directions": SLANTED, "steps": 3, "progress": False}
+    named = {"first": first, "last": last, "squared": squared_distance}
+    result = plane({"one": vector(0, 0)}, named, radius=2, **arguments)
+    np.testing.assert_array_equal(result.x, [-2, 0, 2])
+    np.testing.assert_array_equal(result.y, [-2, 0, 2])
+    np.testing.assert_allclose(result.gram, [[25, 5], [5, 5]], rtol=1e-6)
+    np.testing.assert_allclose(result.values["first"], 1 + 3 * result.x + 0.6 * result.y[:, None], atol=1e-5)
+    np.testing.assert_allclose(result.values["last"], [[-1] * 3, [3] * 3, [7] * 3], atol=1e-6)
+    assert result.values["squared"][2, 0] == pytest.approx(4 * 25 - 2 * 4 * 5 + 4 * 5, rel=1e-5)
+    assert result.names == ["one"]
+    assert result.coordinates == {"one": (0, 0)}
+
+    result = plane({"one": vector(0, 0)}, named, radius=2, coordinates="orthonormal", **arguments)
+    np.testing.assert_array_equal(result.gram, np.eye(2))
+    np.testing.assert_allclose(result.values["squared"], result.x**2 + result.y[:, None] ** 2, atol=1e-5)
+    np.testing.assert_allclose(result.values["last"], [[1] * 3, [3] * 3, [5] * 3], atol=1e-5)
+    assert torch.equal(SLANTED[0]["a"], torch.tensor([3.0, 4.0])), "the caller's directions are not to be touched"
+
+
+def test_marks_extend_a_plane_along_directions() -> None:
+    # In multiples of the two directions the mark is at (1, 2), 3 off the plane.
+    mark = {"soup": vector(5 + 2, 4, off_plane=3)}
+    result = plane(
+        {"one": vector(0, 0)},
+        {"m": squared_distance},
+        model=Vector(),
+        directions=SLANTED,
+        mark=mark,
+        margin=0.5,
+        steps=2,
+        progress=False,
+    )
+    assert result.coordinates["soup"] == pytest.approx((1, 2), abs=1e-6)
+    assert result.distance["soup"] == pytest.approx(3, rel=1e-5)
+    np.testing.assert_allclose([result.x, result.y], [[-0.5, 1.5], [-1, 3]], atol=1e-5)
+    assert result.at["soup"]["m"].mean == pytest.approx(49 + 16 + 9, rel=1e-5)
+
+
+@pytest.mark.parametrize("coordinates", ["orthonormal", "affine"])
+def test_corners_of_the_grid_are_the_checkpoints_bit_for_bit(coordinates: str) -> None:
+    sources = {f"seed{seed}": make_llama(seed) for seed in (1, 2, 3)}
+    result = plane(
+        sources, {"m": logit_sum}, model=make_llama(0), steps=2, margin=0, coordinates=coordinates, progress=False
+    )
+    for name, (x, y) in result.coordinates.items():
+        assert result.at[name]["m"].mean == logit_sum(sources[name])
+        column, row = np.flatnonzero(result.x == x), np.flatnonzero(result.y == y)
+        if coordinates == "affine" or name == "seed1":
+            assert result.values["m"][row, column] == logit_sum(sources[name])
+
+
+def test_the_middle_of_a_grid_along_directions_is_the_checkpoint_bit_for_bit() -> None:
+    model = make_llama(1)
+    pair = [directions.random(model, seed=seed) for seed in (0, 1)]
+    arguments = {"model": make_llama(0), "radius": 0.3, "progress": False}
+    surface = plane({"one": model}, {"m": logit_sum}, directions=pair, steps=5, **arguments)
+    assert surface.x[2] == surface.y[2] == 0
+    assert surface.values["m"][2, 2] == surface.at["one"]["m"].mean == logit_sum(model)
+    assert abs(surface.gram[0, 1]) < 0.1 * surface.gram[0, 0]
+    path = line({"one": model}, {"m": logit_sum}, direction=pair[0], steps=5, **arguments)
+    assert path.at["one"]["m"].mean == logit_sum(model)
+    np.testing.assert_array_equal(path.values["m"], surface.values["m"][2])  # a line is a row of a plane
+    again = plane({"one": model}, {"m": logit_sum}, directions=pair, steps=5, **arguments)
+    np.testing.assert_array_equal(again.values["m"], surface.values["m"])
 
 
 # ── Lines ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -188,6 +287,20 @@ def test_margin_keeps_the_spacing_and_adds_what_fits() -> None:
         {"a": vector(0, 0), "b": vector(8, 0)}, {"m": first}, model=Vector(), steps=5, margin=0.6, progress=False
     )
     np.testing.assert_allclose(result.t, np.arange(-2, 7) / 4)
+
+
+def test_line_along_a_direction_by_hand() -> None:
+    arguments = {"model": Vector(), "direction": {"a": torch.tensor([6.0, 8.0])}, "progress": False}
+    result = line({"one": vector(0, 0)}, {"first": first, "last": last}, radius=0.5, steps=3, **arguments)
+    np.testing.assert_array_equal(result.t, [-0.5, 0, 0.5])
+    assert result.length == pytest.approx(10)
+    np.testing.assert_allclose(result.values["first"], [-2, 1, 4], atol=1e-6)
+    np.testing.assert_array_equal(result.values["last"], [3, 3, 3])
+    assert result.coordinates == {"one": 0}
+    # The checkpoint is measured, also where an even number of points leaves it out.
+    even = line({"one": vector(0, 0)}, {"first": first}, radius=0.3, steps=2, **arguments)
+    np.testing.assert_array_equal(even.t, [-0.3, 0, 0.3])
+    assert even.at["one"]["first"].mean == 1
 
 
 # ── Weights ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -335,6 +448,137 @@ def test_sampled_measures_one_rollout_every_way() -> None:
     assert metric(uniform)["entropy"].mean == pytest.approx(math.log(len(WORDS)), rel=1e-5)
 
 
+def test_nan_is_kept_and_is_not_a_point_to_come(tmp_path: Path) -> None:
+    def undefined_beyond(model: Vector) -> float:
+        return math.log(3.2 - float(model.a[0])) if model.a[0] < 3.2 else math.nan
+
+    sources = {"a": vector(0, 0), "b": vector(5, 0)}
+    described = {"m": metrics.Described(undefined_beyond, "log"), "first": metrics.Described(first, "first")}
+    path = tmp_path / "line.npz"
+    result = line(sources, described, model=Vector(), steps=4, save=path, progress=False)
+    np.testing.assert_array_equal(np.isnan(result.values["m"]), [False, False, False, True])
+    assert result.done.all()
+    assert result.num_nan == {"m": 1, "first": 0}
+    assert Line.load(path).num_nan == {"m": 1, "first": 0}
+    # Nothing is left to do: a NaN is not measured again.
+    never = {
+        name: metrics.Described(interrupted_after(0, first, RuntimeError), metric.description)
+        for name, metric in described.items()
+    }
+    resumed = line(sources, never, model=Vector(), steps=4, save=path, resume=True, progress=False)
+    np.testing.assert_array_equal(resumed.values["m"], result.values["m"])
+
+
+def test_examples_are_kept_where_asked_for(tmp_path: Path) -> None:
+    examples, tokenizer = random_examples(seed=0), make_tokenizer()
+    sources = {f"seed{seed}": make_llama(seed) for seed in (1, 2)}
+    both = {
+        "loss": metrics.loss(examples, tokenizer, batch_size=4),
+        "each": metrics.loss_per_example(examples, tokenizer, batch_size=4),
+    }
+    result = line(sources, both, model=make_llama(0), steps=3, progress=False)
+    np.testing.assert_array_equal(result.values["each"], result.values["loss"])
+    np.testing.assert_array_equal(result.stderr["each"], result.stderr["loss"])
+    assert list(result.examples) == ["each"]
+    sums, counts = result.examples["each"].swapaxes(0, 1)
+    assert sums.shape == (3, len(examples))
+    np.testing.assert_array_equal(counts, [[len(example.response_ids) for example in examples]] * 3)
+    alone = metrics.loss(examples[2:3], tokenizer)(sources["seed1"]).mean
+    assert sums[0, 2] / counts[0, 2] == pytest.approx(alone, rel=1e-6)
+    loaded = Line.load(result.save(tmp_path / "line.npz"))
+    np.testing.assert_array_equal(loaded.examples["each"], result.examples["each"])
+    assert both["each"].description != both["loss"].description
+
+
+def test_planes_keep_examples_on_their_grid() -> None:
+    def coordinates(model: Vector) -> metrics.PerExample:
+        return metrics.PerExample(torch.cat([model.a, model.b]))
+
+    result = plane(CORNERS, {"m": coordinates}, model=Vector(), steps=2, progress=False)
+    assert result.examples["m"].shape == (2, 2, 2, 3)
+    np.testing.assert_array_equal(result.examples["m"][..., 1, :], np.ones((2, 2, 3)))
+    np.testing.assert_allclose(result.examples["m"][..., 0, :].mean(axis=-1), result.values["m"], rtol=1e-12)
+
+
+def test_examples_must_stay_the_same() -> None:
+    numbers = iter((2, 3))
+    with pytest.raises(ValueError, match="metric 'm': gave 3 examples at point 1, but 2 before"):
+        line(CORNERS, {"m": lambda model: metrics.PerExample(np.ones(next(numbers)))}, model=Vector(), progress=False)
+
+
+def test_a_reference_that_moves_is_refused() -> None:
+    model = make_llama(1)
+    references = {"start": ModelReference(model)}
+    metric = metrics.sampled([Prompt("p", [1])], make_tokenizer(), rewards={}, references=references, max_new_tokens=2)
+    with pytest.raises(ValueError, match="reference 'start': is the model that is moved; load it once more"):
+        line({"one": model, "two": make_llama(2)}, {"m": metric}, model=model, progress=False)
+
+
+def test_empty_data_is_refused() -> None:
+    with pytest.raises(ValueError, match="prompts: none given; give at least one prompt"):
+        metrics.sampled([], make_tokenizer(), rewards={}, references={}, max_new_tokens=2)
+    for make in (metrics.loss, metrics.loss_per_example):
+        with pytest.raises(ValueError, match="examples: none given; give at least one demonstration"):
+            make([], make_tokenizer())
+
+
+# ── Several processes ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_processes_share_the_points(tmp_path: Path) -> None:
+    """Both get all of it, the same numbers as one alone, and neither measures a point of the other's."""
+
+    def compute(folder: Path) -> None:
+        folder.mkdir()
+        for measure in (plane, line):
+            calls = []
+
+            def counted(model: Vector, calls: list[int] = calls) -> dict[str, metrics.Value]:
+                calls.append(1)
+                return {"first": first(model), "last": last(model), "each": metrics.PerExample(model.a)}
+
+            described = {"m": metrics.Described(counted, "several")}
+            save = tmp_path / f"{measure.__name__}.npz"
+            result = measure(CORNERS, described, model=Vector(), steps=3, save=save, resume=True, progress=False)
+            result.metadata["calls"] = len(calls)
+            result.save(folder / save.name)
+
+    def as_rank() -> int:
+        compute(tmp_path / os.environ["RANK"])
+        return 0
+
+    assert forked(*as_ranks(as_rank)) == [0, 0]
+    for measure, kind in ((plane, Plane), (line, Line)):
+        saved = kind.load(tmp_path / f"{measure.__name__}.npz")  # by the main process
+        (tmp_path / f"{measure.__name__}.npz").unlink()
+        results = [kind.load(tmp_path / rank / f"{measure.__name__}.npz") for rank in "01"]
+        num = len(saved.measurements.done)
+        assert [result.metadata["calls"] for result in results] == [-(-num // 2), num // 2]
+    compute(tmp_path / "alone")
+    for measure, kind in ((plane, Plane), (line, Line)):
+        alone = kind.load(tmp_path / "alone" / f"{measure.__name__}.npz")
+        for rank in "01":
+            result = kind.load(tmp_path / rank / f"{measure.__name__}.npz")
+            assert result.measurements.names == alone.measurements.names
+            for field in ("values", "stderr", "done"):
+                np.testing.assert_array_equal(getattr(result.measurements, field), getattr(alone.measurements, field))
+            np.testing.assert_array_equal(result.examples["each"], alone.examples["each"])
+
+
+def test_what_fails_in_one_process_ends_all() -> None:
+    """The last of three points, which is the second process's, is where b is 9."""
+
+    def as_rank() -> int:
+        model = Vector()
+        try:
+            line(CORNERS, {"m": lambda model: 1 / (float(model.b) - 9)}, model=model, steps=2, progress=False)
+        except ZeroDivisionError:
+            return 0 if torch.equal(model.a, torch.zeros(2)) else 1
+        return 2
+
+    assert forked(*as_ranks(as_rank)) == [0, 0]
+
+
 # ── Files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -375,15 +619,32 @@ def test_resuming_something_else_is_refused(tmp_path: Path) -> None:
         {"metrics": {"m": metrics.Described(first, "another")}},
         {"metrics": {"n": UNINTERRUPTED}},
         {"mark": {"soup": vector(1, 1)}},
+        {"coordinates": "affine"},
     ):
         call = {"checkpoints": CORNERS, "metrics": {"m": UNINTERRUPTED}} | arguments | changed
-        with pytest.raises(ValueError, match=r"plane.npz: was computed with (steps|margin|checkpoints|metrics)="):
+        with pytest.raises(
+            ValueError, match=r"plane.npz: was computed with (steps|margin|checkpoints|coordinates|metrics)="
+        ):
             plane(**call)
     with pytest.raises(ValueError, match="holds a Plane, expected a Line"):
         line(CORNERS, {"m": UNINTERRUPTED}, **arguments)
     path.write_bytes(b"not a zip file")
     with pytest.raises(ValueError, match=r"plane.npz: not a result that analysis saved"):
         plane(CORNERS, {"m": UNINTERRUPTED}, **arguments)
+
+
+def test_resuming_along_another_direction_is_refused(tmp_path: Path) -> None:
+    arguments = {"model": Vector(), "steps": 2, "progress": False, "radius": 1.0}
+    for measure, name, given in ((plane, "directions", SLANTED), (line, "direction", SLANTED[0])):
+        save = {"save": tmp_path / f"{name}.npz", "resume": True}
+        once = measure({"one": vector(0, 0)}, {"m": UNINTERRUPTED}, **{name: given}, **save, **arguments)
+        again = measure({"one": vector(0, 0)}, {"m": UNINTERRUPTED}, **{name: given}, **save, **arguments)
+        np.testing.assert_array_equal(once.values["m"], again.values["m"])
+        other = SLANTED[::-1] if measure is plane else SLANTED[1]
+        with pytest.raises(ValueError, match=f"{name}.npz: was computed with directions="):
+            measure({"one": vector(0, 0)}, {"m": UNINTERRUPTED}, **{name: other}, **save, **arguments)
+        with pytest.raises(ValueError, match=f"{name}.npz: was computed with radius=1.0, now 2"):
+            measure({"one": vector(0, 0)}, {"m": UNINTERRUPTED}, **{name: given}, **save, **arguments | {"radius": 2})
 
 
 def test_saving_and_loading_loses_nothing(tmp_path: Path) -> None:
@@ -429,6 +690,8 @@ def without(name: str) -> dict[str, Tensor]:
         ({"two": without("b") | {"b": torch.zeros(2)}}, "shape [2], the model's is torch.float32 of shape [1]"),
         ({"two": without("b") | {"b": torch.zeros(1, dtype=torch.int8)}}, "b is torch.int8 of shape [1]"),
         ({"two": without("b") | {"b": torch.tensor([math.nan])}}, "checkpoint 'two': b has NaN or infinite values"),
+        ({"two": without("a") | {"a": torch.tensor([1, -math.inf])}}, "'two': a has NaN or infinite values"),
+        ({"two": without("a") | {"a": torch.tensor([math.nan, 1])}}, "'two': a has NaN or infinite values"),
         ({"two": "folder"}, "checkpoint 'two': is a folder, but Vector cannot be loaded from one; give a state dict"),
         ({"two": vector(0, 0)}, "checkpoints 'one' and 'two' are equal"),
     ],
@@ -447,10 +710,20 @@ def test_unfit_checkpoints_are_named(changed: dict[str, weights.Source], message
         ({"checkpoints": "sft1"}, "checkpoints='sft1': expected several checkpoints"),
         ({"model": None}, "model: none given, and none of the checkpoints ['one', 'two', 'three'] is a folder"),
         ({"steps": 1}, "steps=1: must be at least 2"),
+        ({"direction": SLANTED[0]}, "radius=None: goes with direction; give both or neither"),
+        ({"radius": 1.0}, "radius=1.0: goes with direction; give both or neither"),
+        ({"direction": SLANTED[0], "radius": 1.0}, "a line along a direction starts from one checkpoint"),
+        (
+            {"direction": SLANTED[0], "radius": -1.0, "checkpoints": {"one": CORNERS["one"]}},
+            "radius=-1.0: must be finite and above 0",
+        ),
         ({"margin": -0.1}, "margin=-0.1: must be finite and at least 0"),
         ({"metrics": {}}, "metrics: none given"),
         ({"metrics": {"m": 3}}, "metric 'm': a int is not callable"),
-        ({"metrics": {"m": lambda model: "high"}}, "metric 'm': returned 'high'; return a float or (mean, stderr)"),
+        (
+            {"metrics": {"m": lambda model: "high"}},
+            "metric 'm': returned 'high'; return a float, (mean, stderr)",
+        ),
         ({"metrics": {"m": lambda model: (1, 2, 3)}}, "metric 'm': returned (1, 2, 3)"),
         ({"metrics": {"m": first, "n": lambda model: {"m": 1.0}}}, "metric 'n': gives 'm', which another metric gives"),
     ],
@@ -459,6 +732,39 @@ def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> 
     call = {"checkpoints": CORNERS, "metrics": {"m": first}, "model": Vector(), "progress": False} | arguments
     with pytest.raises(ValueError, match=re.escape(message)):
         line(**call)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"checkpoints": {"one": vector(0, 0)}}, "checkpoints=['one']: a plane needs three, found 1; give three, or"),
+        ({"radius": 1.0}, "radius=1.0: goes with directions; give margin for a plane through checkpoints"),
+        ({"directions": SLANTED}, "checkpoints=['one', 'two', 'three']: 2 directions; a plane is spanned by two"),
+        ({"coordinates": "polar"}, "coordinates='polar': must be one of orthonormal, affine"),
+        ({"mark": {"two": vector(1, 1)}}, "mark=['two']: names of the plane's own checkpoints"),
+    ],
+)
+def test_bad_arguments_of_planes_are_named(arguments: dict[str, object], message: str) -> None:
+    call = {"checkpoints": CORNERS, "metrics": {"m": first}, "model": Vector(), "progress": False} | arguments
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plane(**call)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"directions": SLANTED[:1]}, "checkpoints=['one']: 1 directions; a plane is spanned by two directions"),
+        ({"directions": SLANTED, "radius": None}, "radius: none given, and nothing marked that the grid could reach"),
+        ({"directions": [SLANTED[0], {"a": torch.tensor([-6.0, -8.0])}]}, "directions: the second is parallel to the"),
+        ({"directions": [{"c": torch.ones(1)}, SLANTED[0]]}, "direction 1: has unexpected tensors for Vector"),
+        ({"directions": [SLANTED[0], {"a": torch.ones(3)}]}, "direction 2: a is torch.float32 of shape [3]"),
+    ],
+)
+@pytest.mark.parametrize("coordinates", ["orthonormal", "affine"])
+def test_unfit_directions_of_planes_are_named(arguments: dict[str, object], message: str, coordinates: str) -> None:
+    call = {"radius": 1.0, "model": Vector(), "coordinates": coordinates, "progress": False} | arguments
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plane({"one": vector(0, 0)}, {"m": first}, **call)
 
 
 def test_metrics_must_keep_their_names() -> None:
@@ -480,5 +786,5 @@ def test_folder_with_missing_tensors_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"sft2: 1 missing tensors for LlamaForCausalLM \(first: \['model.norm.weight'"
     ):
         line([tmp_path / "sft1", tmp_path / "sft2"], {"m": logit_sum}, progress=False)
-    with pytest.raises(FileNotFoundError, match=r"sft3: no config.json"):
+    with pytest.raises(FileNotFoundError, match=r"sft3: no such folder"):
         line([tmp_path / "sft1", tmp_path / "sft3"], {"m": logit_sum}, progress=False)

@@ -94,6 +94,28 @@ def test_unfinished_plane_is_drawn() -> None:
     assert "gold reward" in texts(plots.plot_plane(make_plane(values), "gold_reward"))
 
 
+def test_points_without_a_value_are_missing_and_crossed() -> None:
+    values = np.arange(16.0).reshape(4, 4)
+    values[1, 2], values[3, 0] = np.nan, np.inf
+    plane = make_plane(values)
+    plane.measurements.done[:] = True
+    plane.measurements.done[4 + 12] = False  # of these two, one is not measured yet
+    ax = plots.plot_plane(plane, "gold_reward")
+    texts(ax)
+    (crosses,) = [marker for marker in ax.get_lines() if marker.get_marker() == "x"]
+    np.testing.assert_array_equal(crosses.get_xydata(), [[plane.x[2], plane.y[1]]])
+    values[:] = np.nan
+    texts(plots.plot_plane(make_plane(values), "gold_reward"))
+
+
+def test_planes_in_multiples_of_directions_say_so() -> None:
+    plane = make_plane()
+    plane.gram[:] = [[4, 1], [1, 9]]
+    ax = plots.plot_plane(plane, "gold_reward")
+    assert {"multiple of the first direction (L2 norm 2)", "multiple of the second direction (L2 norm 3)"} <= texts(ax)
+    assert ax.get_aspect() == "auto"
+
+
 def test_kl_matrix_writes_its_numbers() -> None:
     ax = plots.plot_kl_matrix(MATRIX)
     assert {"12.35\n± 0.21", "0.678\n± 0.034", "0", "sft1", "policy"} <= texts(ax)

@@ -30,8 +30,8 @@ WHEN_ASKED_FOR = {
 }
 # What measures rather than trains.
 PURE_PARTS_OF_RLHF = {
-    "command_line", "data", "decoding", "evaluation", "kl", "logprobs", "masking", "metrics", "models", "randomness",
-    "reference", "rewards", "rollout",
+    "command_line", "data", "decoding", "distributed", "evaluation", "kl", "logprobs", "masking", "metrics", "models",
+    "randomness", "reference", "rewards", "rollout",
 }  # fmt: skip
 PLOTTING = {ROOT / "analysis" / "plots.py", *(ROOT / "analysis").glob("plots_*.py")}
 
