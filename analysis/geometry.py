@@ -296,11 +296,10 @@ def soup_mixture_slope(
     samples = Samples(prompts, tokenizer, max_new_tokens, num_responses, temperature, seed, batch_size)
     loaded = list(load_models({**sources, **({} if base is None else {BASE: base})}, device).values())
     points = [space.read(name, model, model) for name, model in zip([*sources, BASE], loaded, strict=False)]
-    zero = space.scale(points[0], 0.0)
-    origin = space.combine(zero, points, shares) if base is None else points.pop()
+    origin = soupkit.average(points, shares) if base is None else points.pop()
     directions = [space.subtract(point, origin) for point in points]
     soup, *moved = (space.movable(loaded[0]) for _ in range(len(points) + 1))
-    del loaded, points, zero
+    del loaded, points
     to_mixture, to_ingredients = [], []
     bar = tqdm(steps.tolist(), "soup and mixture", disable=not progress)
     with evaluating(soup, *moved), bar:
