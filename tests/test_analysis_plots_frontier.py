@@ -10,8 +10,8 @@ from matplotlib.patches import Ellipse
 from test_analysis_plots import close_figures, texts
 
 from analysis import Exploration, RewardKLFrontier, ScoredSamples, best_of_n, fit_overoptimisation, frontier_of_samples
-from analysis.plots_frontier import (
-    MID_TONES,
+from analysis.plots import (
+    COLORS,
     plot_best_of_n,
     plot_exploration,
     plot_frontier,
@@ -118,6 +118,6 @@ def luminance(color: str) -> float:
 
 
 def test_colours_stand_out_on_white_and_on_black() -> None:
-    for color in MID_TONES[:3]:  # those of the first curves
+    for color in COLORS[:3]:  # those of the first curves
         assert 1.05 / (luminance(color) + 0.05) > 3, color
         assert (luminance(color) + 0.05) / 0.05 > 3, color

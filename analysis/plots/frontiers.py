@@ -1,8 +1,4 @@
-"""Figures of reward against KL, of over-optimisation and of exploration: see :mod:`analysis.plots` for their ways.
-
-Text and axes take matplotlib's own colours, and what is drawn stands out on white and on black alike, so that
-``plt.style.context("dark_background")`` works.
-"""
+"""Figures of reward against KL: what optima would reach, what runs reached, and where more KL stops to pay."""
 
 from __future__ import annotations
 
@@ -15,22 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Ellipse
 
-from analysis.exploration import Exploration
 from analysis.frontier import KL, REWARD, BestOfN, SampledFrontier
-from analysis.plots import COLORS, LABELS, _new_axes, label_of
+from analysis.plots.style import BAND_ALPHA, COLORS, MARKERS, finish, label_of, new_axes
 from analysis.run_frontier import OveroptimisationFit, RewardKLFrontier
-
-MID_TONES = tuple(color for color in COLORS if color != "#000000")  # black is lost on black
-MARKERS = ("o", "s", "^", "D", "v", "P")
-REGION_ALPHA = 0.18
-MEASURE_LABELS = LABELS | {
-    "self_bleu": "self-BLEU",
-    "unique_responses": "different responses (share)",
-    "top_p_mass": "mass on the reference's top-p set",
-    "max_log_ratio": "largest log π/ρ of a token (nats)",
-    "kl": "KL to the reference (nats per response)",
-    **{f"distinct_{n}": f"distinct-{n}" for n in (1, 2, 3)},
-}
 
 
 def plot_frontier(
@@ -45,8 +28,8 @@ def plot_frontier(
     Best-of-n is dashed: its KL is a bound, so that it lies to the left of what is drawn. ``style`` goes to
     ``Axes.plot``.
     """
-    ax = _new_axes(ax, 6, 4.4)
-    for (label, frontier), color in zip(frontiers.items(), cycle(MID_TONES), strict=False):
+    ax = new_axes(ax, 6, 4.4)
+    for (label, frontier), color in zip(frontiers.items(), cycle(COLORS), strict=False):
         kl, reward = frontier[x].estimate, frontier[y].estimate
         options: dict[str, Any] = {
             "color": color,
@@ -57,7 +40,7 @@ def plot_frontier(
         }
         (curve,) = ax.plot(kl, reward, **options | style)
         _draw_regions(ax, kl, reward, frontier.ellipses(y, x), curve.get_color())
-    return _finish(ax, label_of(x), label_of(y))
+    return finish(ax, label_of(x), label_of(y))
 
 
 def plot_reached(result: RewardKLFrontier, ax: Axes | None = None, **style: Any) -> Axes:
@@ -66,8 +49,8 @@ def plot_reached(result: RewardKLFrontier, ax: Axes | None = None, **style: Any)
     Points that a point of the same group beats in reward and KL are hollow. The lines join points in order of KL.
     ``style`` goes to ``Axes.plot``.
     """
-    ax = _new_axes(ax, 6, 4.4)
-    for group, color, marker in zip(result.names, cycle(MID_TONES), cycle(MARKERS), strict=False):
+    ax = new_axes(ax, 6, 4.4)
+    for group, color, marker in zip(result.names, cycle(COLORS), cycle(MARKERS), strict=False):
         points, on_front = result.points(group), result.front(group)
         kl, reward = points.kl.mean(axis=0), points.reward.mean(axis=0)
         order = kl.argsort()
@@ -79,7 +62,7 @@ def plot_reached(result: RewardKLFrontier, ax: Axes | None = None, **style: Any)
             hollow = options | {"markerfacecolor": "none"} | style
             ax.plot(kl[~on_front], reward[~on_front], **hollow)
         ax.plot(kl[on_front], reward[on_front], label=group, **options | style)
-    return _finish(ax, label_of(result.x), label_of(result.y))
+    return finish(ax, label_of(result.x), label_of(result.y))
 
 
 def plot_best_of_n(
@@ -91,16 +74,16 @@ def plot_best_of_n(
     """
     names = [name for name in result.names if name != KL] if rewards is None else rewards
     names = [names] if isinstance(names, str) else list(names)
-    ax = _new_axes(ax, 6, 4)
-    for name, color, marker in zip(names, cycle(MID_TONES), cycle(MARKERS), strict=False):
+    ax = new_axes(ax, 6, 4)
+    for name, color, marker in zip(names, cycle(COLORS), cycle(MARKERS), strict=False):
         mean, low, high = result[name]
         options: dict[str, Any] = {"color": color, "linewidth": 1.6, "marker": marker, "markersize": 4}
         (curve,) = ax.plot(result.n, mean, **options | {"label": label_of(name)} | style)
-        ax.fill_between(result.n, low, high, color=curve.get_color(), alpha=REGION_ALPHA, linewidth=0)
+        ax.fill_between(result.n, low, high, color=curve.get_color(), alpha=BAND_ALPHA, linewidth=0)
     ax.set_xscale("log", base=2)
     ax.set_xticks(result.n, [str(n) for n in result.n])
     ax.minorticks_off()
-    return _finish(ax, "n (the response of highest proxy reward of n)", "reward of the best of n")
+    return finish(ax, "n (the response of highest proxy reward of n)", "reward of the best of n")
 
 
 def plot_overoptimisation(
@@ -110,36 +93,21 @@ def plot_overoptimisation(
 
     A vertical line marks the peak where it lies among the points. ``style`` goes to ``Axes.plot`` for the curves.
     """
-    ax = _new_axes(ax, 6, 4.4)
-    for (label, fit), color, marker in zip(fits.items(), cycle(MID_TONES), cycle(MARKERS), strict=False):
+    ax = new_axes(ax, 6, 4.4)
+    for (label, fit), color, marker in zip(fits.items(), cycle(COLORS), cycle(MARKERS), strict=False):
         roots = np.sqrt(np.maximum(fit.kl, 0)).ravel()
         along = np.linspace(0, roots.max(), 200)
         mean, low, high = fit.predict(along**2)
         options: dict[str, Any] = {"color": color, "linewidth": 1.8, "label": label}
         ax.plot(along, mean, **options | style)
-        ax.fill_between(along, low, high, color=color, alpha=REGION_ALPHA, linewidth=0)
+        ax.fill_between(along, low, high, color=color, alpha=BAND_ALPHA, linewidth=0)
         ax.plot(roots, fit.reward.ravel(), marker, color=color, markersize=4, alpha=0.7)
         peak = np.sqrt(fit.peak_kl.estimate)
         if roots.min() < peak < roots.max():
             ax.axvline(peak, color=color, linewidth=1, linestyle=":")
     top = ax.secondary_xaxis("top", functions=(np.square, lambda kl: np.sqrt(np.maximum(kl, 0))))
     top.set_xlabel("KL (nats per response)")
-    return _finish(ax, "√KL (√nats)", label_of(y))
-
-
-def plot_exploration(result: Exploration, measure: str, ax: Axes | None = None, **style: Any) -> Axes:
-    """One measure of all models, ± one standard error, the reference's as a line. ``style``: of ``Axes.errorbar``."""
-    values = [result[measure, name] for name in result.names]
-    ax = _new_axes(ax, 5, 1.2 + 0.35 * len(values))
-    ax.axvline(values[0].mean, color="0.5", linewidth=1, linestyle="--")
-    options: dict[str, Any] = {"color": MID_TONES[0], "marker": "o", "linestyle": "none", "capsize": 3}
-    places = range(len(values))
-    ax.errorbar([v.mean for v in values], places, xerr=[v.stderr for v in values], **options | style)
-    ax.set_yticks(places, result.names)
-    ax.set_ylim(len(values) - 0.5, -0.5)
-    ax.grid(axis="x", alpha=0.25)
-    ax.set_xlabel(MEASURE_LABELS.get(measure, measure))
-    return ax
+    return finish(ax, "√KL (√nats)", label_of(y))
 
 
 def _draw_regions(ax: Axes, kl: np.ndarray, reward: np.ndarray, ellipses: np.ndarray, color: Any) -> None:
@@ -150,18 +118,10 @@ def _draw_regions(ax: Axes, kl: np.ndarray, reward: np.ndarray, ellipses: np.nda
                 width,
                 height,
                 angle=angle,
-                facecolor=to_rgba(color, REGION_ALPHA),
+                facecolor=to_rgba(color, BAND_ALPHA),
                 edgecolor=to_rgba(color, 0.45),
                 linewidth=0.6,
                 zorder=1,
             )
             ax.add_patch(region)
     ax.autoscale_view()
-
-
-def _finish(ax: Axes, x_label: str, y_label: str) -> Axes:
-    ax.set_xlabel(x_label)
-    ax.set_ylabel(y_label)
-    ax.grid(alpha=0.25)
-    ax.legend(frameon=False)
-    return ax
