@@ -28,7 +28,7 @@ from analysis import (
     tables,
 )
 from analysis.divergence import KLMatrix
-from analysis.frontier import SampledFrontier
+from analysis.frontier import KL, SampledFrontier
 from analysis.inputs import METRICS_HELP, read_checkpoints, read_groups, read_metrics, read_rewards
 from analysis.landscape import Landscape
 from analysis.report import read_runs, write_report
@@ -129,7 +129,12 @@ def _parser() -> argparse.ArgumentParser:
         help="instead of references: groups of finished runs that differ in seed and kl_coef alone; RUN may be a "
         "pattern, soup=runs/soup-*",
     )
-    _add(command, "--kl_to", metavar="NAME", help="the model of the KL axis; the first reference, the runs' own one")
+    _add(
+        command,
+        "--kl_to",
+        metavar="NAME",
+        help="the model of one KL axis for all: by default the first reference; of runs, the reference of each",
+    )
     _add(command, "--y", default="gold_reward", metavar="NAME", help="the reward of runs: gold_reward or proxy_reward")
     _add(command, "--points", choices=["end", "updates"], default="end", help="which points of the runs")
     _add(command, "--average", type=int, default=1, metavar="N", help="updates that a point is the mean of")
@@ -345,14 +350,15 @@ def _ideal(arguments: argparse.Namespace) -> None:
     shown: list[Table | str] = [tables.of_frontier(name, result) for name, result in ideal.items()]
     shown += [tables.of_frontier(name, result) for name, result in best.items()]
     measured = ["proxy_reward", *rewards]
-    x = f"kl/{axis}"
-    figures: dict[str, Callable[[], Any]] = {y: partial(plots.plot_frontier, ideal, y, x) for y in measured}
+    figures: dict[str, Callable[[], Any]] = {}
+    for x, suffix in ((f"kl/{axis}", f"-kl-to-{axis}"), (KL, "-kl-to-own")):
+        figures |= {f"{y}{suffix}": partial(plots.plot_frontier, ideal, y, x) for y in measured}
+        if len(ideal) > 1:
+            shown += [tables.or_reason(partial(tables.of_differences, ideal, y, x)) for y in measured]
     for name, result in best.items():
         both = {"exact optimum": ideal[name], "best of n": result}
         figures |= {f"{name}-{y}": partial(plots.plot_frontier, both, y) for y in measured}
         figures[f"{name}-best-of-n"] = partial(plots.plot_best_of_n, result)
-    if len(ideal) > 1:
-        shown += [tables.or_reason(partial(tables.of_differences, ideal, y, x)) for y in measured]
     kinds: dict[str, Mapping[str, Any]] = {"samples": samples, "ideal": ideal, "best-of-n": best}
     _publish(
         arguments,

@@ -187,7 +187,9 @@ def _overview(runs: Mapping[str, Run]) -> Table:
         if run.summary:
             cost = [f"{run.summary['seconds']:.0f}", size(run.summary["peak_memory_bytes"])]
         rows.append([name, str(run.folder), state, str(done), str(run.rows[-1]["episodes"]), *cost])
-    return Table("Runs", ["run", "folder", "state", "updates", "episodes", "seconds", "peak memory"], rows, num_left=3)
+    return Table(
+        "Folders", ["run", "folder", "state", "updates", "episodes", "seconds", "peak memory"], rows, num_left=3
+    )
 
 
 def differing_settings(runs: Mapping[str, Run]) -> list[str]:

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 
-def draw_band(ax: Axes, x: np.ndarray, rows: Sequence[Mapping[str, Any]], name: str, label: str, color: str) -> None:
+def draw_band(
+    ax: Axes, x: np.ndarray, rows: Sequence[Mapping[str, Any]], name: str, label: str, color: str, linestyle: str = "-"
+) -> None:
     """A metric of ``metrics.jsonl`` as a line, with a band of ± one standard error where it has one."""
     mean = np.array([row[name] for row in rows])
     error = np.nan_to_num([row.get(f"{name}_stderr", 0.0) for row in rows])
-    ax.plot(x, mean, color=color, label=label, linewidth=1.8)
+    ax.plot(x, mean, color=color, label=label, linewidth=1.8, linestyle=linestyle)
     ax.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
 
 

@@ -29,6 +29,7 @@ def plot_frontier(
     ``Axes.plot``.
     """
     ax = new_axes(ax, 6, 4.4)
+    drawn = []
     for (label, frontier), color in zip(frontiers.items(), cycle(COLORS), strict=False):
         kl, reward = frontier[x].estimate, frontier[y].estimate
         options: dict[str, Any] = {
@@ -40,16 +41,20 @@ def plot_frontier(
         }
         (curve,) = ax.plot(kl, reward, **options | style)
         _draw_regions(ax, kl, reward, frontier.ellipses(y, x), curve.get_color())
+        drawn.append((kl, reward))
+    _keep_points_in_view(ax, drawn)
     return finish(ax, label_of(x), label_of(y))
 
 
 def plot_reached(result: RewardKLFrontier, ax: Axes | None = None, **style: Any) -> Axes:
     """What groups of runs reached: means over seeds with their joint confidence regions, single seeds as faint dots.
 
-    Points that a point of the same group beats in reward and KL are hollow. The lines join points in order of KL.
+    Points that a point of the same group beats in reward and KL are hollow. The lines join points in order of KL. The
+    view is that of the points: regions of few seeds are vast, and are cut.
     ``style`` goes to ``Axes.plot``.
     """
     ax = new_axes(ax, 6, 4.4)
+    drawn = []
     for group, color, marker in zip(result.names, cycle(COLORS), cycle(MARKERS), strict=False):
         points, on_front = result.points(group), result.front(group)
         kl, reward = points.kl.mean(axis=0), points.reward.mean(axis=0)
@@ -57,11 +62,13 @@ def plot_reached(result: RewardKLFrontier, ax: Axes | None = None, **style: Any)
         ax.plot(kl[order], reward[order], color=color, linewidth=0.9, alpha=0.6)
         ax.plot(points.kl.ravel(), points.reward.ravel(), ".", color=color, alpha=0.35, markersize=4)
         _draw_regions(ax, kl, reward, result.ellipses(group), color)
+        drawn.append((points.kl, points.reward))
         options: dict[str, Any] = {"color": color, "marker": marker, "linestyle": "none", "markersize": 6}
         if not on_front.all():
             hollow = options | {"markerfacecolor": "none"} | style
             ax.plot(kl[~on_front], reward[~on_front], **hollow)
         ax.plot(kl[on_front], reward[on_front], label=group, **options | style)
+    _keep_points_in_view(ax, drawn)
     return finish(ax, label_of(result.x), label_of(result.y))
 
 
@@ -125,3 +132,15 @@ def _draw_regions(ax: Axes, kl: np.ndarray, reward: np.ndarray, ellipses: np.nda
             )
             ax.add_patch(region)
     ax.autoscale_view()
+
+
+def _keep_points_in_view(ax: Axes, points: Sequence[tuple[np.ndarray, np.ndarray]], share: float = 0.5) -> None:
+    """Cut regions that reach further beyond the points than a share of their range: of few units they are vast."""
+    for column, axis in enumerate((ax.xaxis, ax.yaxis)):
+        places = np.concatenate([np.ravel(pair[column]) for pair in points])
+        places = places[np.isfinite(places)]
+        if len(places) and np.ptp(places) > 0:
+            room = share * np.ptp(places)
+            low, high = axis.get_view_interval()
+            limits = max(low, places.min() - room), min(high, places.max() + room)
+            (ax.set_xlim, ax.set_ylim)[column](*limits)

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d.axes3d import Axes3D
 
 from analysis.landscape import Line, Plane
@@ -62,7 +63,10 @@ def plot_plane(result: Plane, metric: str, ax: Axes | None = None, *, levels: in
     ``Axes.contourf``.
     """
     require_metric(metric, list(result.values))
-    ax = new_axes(ax, 6.2, 4.8)
+    is_orthonormal = np.array_equal(result.gram, np.eye(2))
+    # Where both axes have one scale, a figure as high as the plane is: the rest would stay white.
+    shape = float(np.ptp(result.y) / np.ptp(result.x)) if is_orthonormal else 0.8
+    ax = new_axes(ax, 6.2, min(max(4.6 * shape + 1, 2.4), 7.5))
     surface = np.ma.masked_invalid(result.values[metric])
     options: dict[str, Any] = {"levels": levels, "cmap": "viridis"}
     filled = ax.contourf(result.x, result.y, surface, **options | style)
@@ -88,7 +92,7 @@ def plot_plane(result: Plane, metric: str, ax: Axes | None = None, *, levels: in
     x_label, y_label = _axis_labels(result)
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)
-    if np.array_equal(result.gram, np.eye(2)):
+    if is_orthonormal:
         ax.set_aspect("equal")
     return ax
 
@@ -103,6 +107,7 @@ def plot_surface(
     require_metric(metric, list(result.values))
     if ax is None:
         _, ax = plt.subplots(figsize=(6.4, 5), subplot_kw={"projection": "3d", "computed_zorder": False})
+        ax.set_position((0.0, 0.04, 0.9, 1.0))  # of its own accord the box leaves wide margins
     if not isinstance(ax, Axes3D):
         raise ValueError('ax: has two dimensions; make it with projection="3d", or give none')
     x, y = np.meshgrid(result.x, result.y)
@@ -117,9 +122,12 @@ def plot_surface(
         ax.text(a, b, height, f" {name}", fontsize=9, zorder=7, **ON_SURFACE)
     ax.view_init(elevation, azimuth)
     x_label, y_label = _axis_labels(result)
-    ax.set_xlabel(x_label)
-    ax.set_ylabel(y_label)
-    ax.set_zlabel(label_of(metric))
+    ax.set_xlabel(x_label, fontsize=9, labelpad=6)
+    ax.set_ylabel(y_label, fontsize=9, labelpad=6)
+    ax.set_zlabel(label_of(metric), fontsize=9, labelpad=6)
+    ax.tick_params(labelsize=8)
+    for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
+        axis.set_major_locator(MaxNLocator(5))
     return ax
 
 

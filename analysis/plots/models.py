@@ -59,7 +59,7 @@ def plot_geometry(result: KLGeometry, ax: Axes | None = None, **style: Any) -> A
     ``style`` goes to ``Axes.errorbar``.
     """
     size = len(result.names)
-    ax = new_axes(ax, 7, 1.6 + 0.6 * size)
+    ax = new_axes(ax, 6.4, 2.2 + 0.6 * size)
     ax.axvline(0, color="0.5", linewidth=0.8, linestyle=":", zorder=0)
     for row, (quantity, color, marker) in enumerate(zip(result.quantities, COLORS, MARKERS, strict=False)):
         # Side by side, in the order of the legend.
@@ -75,7 +75,7 @@ def plot_geometry(result: KLGeometry, ax: Axes | None = None, **style: Any) -> A
     ax.set_ylim(size - 0.5, -0.5)
     ax.grid(axis="x", alpha=0.25)
     ax.set_xlabel("nats per response")
-    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return ax
 
 

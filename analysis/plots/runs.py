@@ -12,8 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
+from matplotlib.ticker import MaxNLocator
 
-from analysis.plots.style import COLORS, finish, label_of, new_axes
+from analysis.plots.style import COLORS, LINESTYLES, figure_of, finish, label_of, new_axes
 from rlhf.figures import draw_band
 from rlhf.metrics import read_json_lines
 
@@ -42,9 +43,11 @@ def plot_curves(runs: Runs, metric: str, ax: Axes | None = None) -> Axes:
     if not any(metric in rows[0] for rows in read.values()):
         raise ValueError(f"metric {metric!r}: in none of the runs {list(read)}; choose one of {_names(read)}")
     ax = new_axes(ax, 6, 4)
-    for (label, rows), color in zip(read.items(), cycle(COLORS), strict=False):
+    for index, (label, rows) in enumerate(read.items()):
         if metric in rows[0]:
-            draw_band(ax, np.array([row["update"] for row in rows]), rows, metric, label, color)
+            color, dashes = COLORS[index % len(COLORS)], LINESTYLES[index // len(COLORS) % len(LINESTYLES)]
+            draw_band(ax, np.array([row["update"] for row in rows]), rows, metric, label, color, linestyle=dashes)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return finish(ax, "update", label_of(metric))
 
 
@@ -52,35 +55,48 @@ def plot_dashboard(runs: Runs, axes: np.ndarray | None = None, *, x: str = "kl/r
     """The main curves of one or more runs: rewards, KL, entropy, length over updates, and reward against the KL ``x``.
 
     → the Axes, [2, 3]: proxy reward, gold reward (where no run has one, the objective), KL ``x``; entropy, response
-    length, reward against KL. One legend, in the first, names the runs.
+    length, reward against KL. One legend names the runs: above a new figure, else in the first Axes.
     """
     read = rows_of(runs)
-    if axes is None:
-        _, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
-    assert axes is not None
+    is_new = axes is None
+    axes = _new_grid(6) if axes is None else axes
     y = "gold_reward" if any("gold_reward" in rows[0] for rows in read.values()) else "proxy_reward"
     second = "objective" if y == "proxy_reward" else y
     plot_grid(read, ["proxy_reward", second, x, "entropy", "response_length"], axes)
     both = {label: rows for label, rows in read.items() if x in rows[0] and y in rows[0]}
     plot_reward_kl(both, x, y, axes.flat[-1], average=max(1, min(map(len, both.values())) // 10))
-    axes.flat[-1].get_legend().remove()
-    return axes
+    return _one_legend(axes, 6, above=is_new)
 
 
 def plot_grid(runs: Runs, metrics: Sequence[str], axes: np.ndarray | None = None) -> np.ndarray:
-    """:func:`plot_curves` of several metrics, each in Axes of its own, and one legend, in the first. → the Axes"""
-    if axes is None:
-        rows = -(-len(metrics) // 3)
-        columns = min(len(metrics), 3)
-        figure = plt.figure(figsize=(max(6.0, 3.7 * columns), 3.2 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
-        for ax in axes.flat[len(metrics) :]:
-            ax.set_axis_off()
+    """:func:`plot_curves` of several metrics, each in Axes of its own. → the Axes, with a legend as in the dashboard"""
     read = rows_of(runs)
-    for index, (ax, name) in enumerate(zip(axes.flat, metrics, strict=False)):
+    is_new = axes is None
+    axes = _new_grid(len(metrics)) if axes is None else axes
+    for ax, name in zip(axes.flat, metrics, strict=False):
         plot_curves(read, name, ax)
-        if index:
+    return _one_legend(axes, len(metrics), above=is_new)
+
+
+def _new_grid(number: int) -> np.ndarray:
+    """So many Axes in rows of three, the ones left over without a frame."""
+    rows, columns = -(-number // 3), min(number, 3)
+    figure = plt.figure(figsize=(max(5.0, 3.7 * columns), 3.0 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat[number:]:
+        ax.set_axis_off()
+    return axes
+
+
+def _one_legend(axes: np.ndarray, number: int, *, above: bool) -> np.ndarray:
+    """Instead of a legend in each of the first Axes, one."""
+    first, *others = axes.flat[:number]
+    handles, labels = first.get_legend_handles_labels()
+    for ax in others + [first] * above:
+        if ax.get_legend():
             ax.get_legend().remove()
+    if above and len(labels) > 1:
+        figure_of(first).legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False)
     return axes
 
 
