@@ -431,6 +431,11 @@ def _prompts(arguments: argparse.Namespace, checkpoint: str) -> list[Prompt] | N
         raise ValueError(f"--max_new_tokens {arguments.max_new_tokens}: must be at least 1")
     context = context_length(checkpoint)
     room = None if context is None else context - arguments.max_new_tokens
+    if room is not None and room < 1:
+        raise ValueError(
+            f"--max_new_tokens {arguments.max_new_tokens}: leaves no room for a prompt in the {context} tokens that "
+            f"{checkpoint} can read; give fewer"
+        )
     return load_prompts(arguments.prompts, load_tokenizer(checkpoint), room)[: arguments.num_prompts]
 
 
