@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -121,3 +123,13 @@ def test_colours_stand_out_on_white_and_on_black() -> None:
     for color in COLORS[:3]:  # those of the first curves
         assert 1.05 / (luminance(color) + 0.05) > 3, color
         assert (luminance(color) + 0.05) / 0.05 > 3, color
+
+
+def test_vast_regions_do_not_push_the_points_aside() -> None:
+    result = reached()
+    rows = ("group", "seed", "kl_coef", "update", "kl", "kl_stderr", "reward", "reward_stderr")
+    few = replace(result, **{name: getattr(result, name)[:18] for name in rows})
+    few.reward[::6] += [5.0, 0.0, -5.0]  # three seeds that disagree
+    ax = plot_reached(few)
+    low, high = ax.get_ylim()
+    assert np.ptp(few.reward) < high - low <= 2.01 * np.ptp(few.reward)
