@@ -142,5 +142,7 @@ def _keep_points_in_view(ax: Axes, points: Sequence[tuple[np.ndarray, np.ndarray
         if len(places) and np.ptp(places) > 0:
             room = share * np.ptp(places)
             low, high = axis.get_view_interval()
+            if axis is ax.xaxis:  # KL is not negative, though a region around a small one reaches below 0
+                low = max(low, min(float(places.min()), 0.0) - 0.05 * np.ptp(places))
             limits = max(low, places.min() - room), min(high, places.max() + room)
             (ax.set_xlim, ax.set_ylim)[column](*limits)
