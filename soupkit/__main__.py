@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from soupkit.api import average, interpolate, merge, sweep
+from soupkit.card import fallback_of
 from soupkit.diff import diff
 from soupkit.errors import MergeError
 from soupkit.hashing import ALGORITHMS, DEFAULT
@@ -24,7 +25,7 @@ from soupkit.methods import METHODS, Method, find_method
 from soupkit.options import Options
 from soupkit.recipe import Recipe, load_recipe
 from soupkit.recipe_forms import parse_yaml
-from soupkit.verification import verify
+from soupkit.verification import read_record, verify
 
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 DESCRIPTION = "Make one checkpoint folder out of several: a soup."
@@ -227,7 +228,9 @@ def _average(arguments: argparse.Namespace) -> int:
 
 def _interpolate(arguments: argparse.Namespace) -> int:
     between = {"method": arguments.method, "out": arguments.out}
-    print(interpolate(arguments.a, arguments.b, arguments.t, **between, **_options(arguments)))
+    out = interpolate(arguments.a, arguments.b, arguments.t, **between, **_options(arguments))
+    print(out)
+    _tell_fallback(out)
     return 0
 
 
@@ -235,12 +238,21 @@ def _sweep(arguments: argparse.Namespace) -> int:
     outs = [Path(arguments.out) / f"t={str(t).removesuffix('.0')}" for t in arguments.ts]
     for out in sweep(arguments.a, arguments.b, arguments.ts, method=arguments.method, outs=outs, **_options(arguments)):
         print(out)
+    _tell_fallback(out)  # the same for every t
     return 0
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    print(merge(_recipe(arguments), out=arguments.out, **_options(arguments)))
+    out = merge(_recipe(arguments), out=arguments.out, **_options(arguments))
+    print(out)
+    _tell_fallback(out)
     return 0
+
+
+def _tell_fallback(soup: Path) -> None:
+    """Say for how many tensors the method did not do what it is named for."""
+    for line in fallback_of(read_record(soup)):
+        print(f"note: {line}", file=sys.stderr)
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from soupkit.errors import MergeError
-from soupkit.methods import Blocks, Method
+from soupkit.methods import Blocks, Fallback, Method
 from soupkit.order_statistics import order_statistics
 from soupkit.planning import TensorPlan
 from soupkit.sources import FLOAT8_DTYPES, Reader, in_order
@@ -43,11 +43,16 @@ class Readers:
 
 
 @dataclass
-class NonFinite:
-    """What to do about NaN and infinite values: refuse them, or count them and go on. Shared by all threads."""
+class Findings:
+    """What turns up while tensors are merged, for soup.json and messages. Shared by all threads.
+
+    NaN and infinite values are refused or, where ``allowed``, counted by tensor; of a method with a fallback it is
+    noted for each tensor whether that was taken.
+    """
 
     allowed: bool = False
-    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    non_finite: dict[str, dict[str, Any]] = field(default_factory=dict)
+    fallbacks: dict[str, bool] = field(default_factory=dict)
     lock: Lock = field(default_factory=Lock)
 
     def examine(self, plan: TensorPlan, labels: Sequence[str], blocks: Sequence[Tensor], soup: Tensor | None) -> None:
@@ -59,26 +64,47 @@ class NonFinite:
         if not self.allowed:
             raise MergeError(_complaint(plan, labels, counts))
         with self.lock:
-            self.add({plan.name: {"soup": in_soup, "models": dict(zip(labels, counts, strict=True))}})
+            self._count({plan.name: {"soup": in_soup, "models": dict(zip(labels, counts, strict=True))}})
 
-    def add(self, tensors: Mapping[str, Mapping[str, Any]]) -> None:
-        """Add counts that were made elsewhere."""
+    def note_fallback(self, name: str, taken: bool) -> None:
+        """Note whether a tensor was merged by the method's fallback."""
+        with self.lock:
+            self.fallbacks[name] = taken
+
+    def found(self) -> dict[str, Any]:
+        """All of it, to be sent to another process and added there."""
+        return {"non_finite": self.non_finite, "fallbacks": self.fallbacks}
+
+    def add(self, found: Mapping[str, Any]) -> None:
+        """Add what was found elsewhere."""
+        self._count(found["non_finite"])
+        self.fallbacks |= found["fallbacks"]
+
+    def _count(self, tensors: Mapping[str, Mapping[str, Any]]) -> None:
         for name, counts in tensors.items():
-            seen = self.tensors.setdefault(name, {"soup": 0, "models": dict.fromkeys(counts["models"], 0)})
+            seen = self.non_finite.setdefault(name, {"soup": 0, "models": dict.fromkeys(counts["models"], 0)})
             seen["soup"] += counts["soup"]
             for label, count in counts["models"].items():
                 seen["models"][label] += count
 
-    def record(self) -> dict[str, Any]:
-        """The counts by tensor name, in alphabetical order, as soup.json has them."""
-        return dict(sorted(self.tensors.items()))
+    def record(self, fallback: Fallback | None) -> dict[str, Any]:
+        """Counts of values that are not finite by tensor name, in alphabetical order, and of fallbacks: for soup.json.
+
+        {"non_finite": {name: {"soup": n, "models": {label: n}}}, "fallback": {"rule": text, "tensors": how many of
+        these were merged by it, "of": how many}}, the latter for methods that have one.
+        """
+        record: dict[str, Any] = {"non_finite": dict(sorted(self.non_finite.items()))}
+        if fallback is not None:
+            taken = list(self.fallbacks.values())
+            record["fallback"] = {"rule": fallback.rule, "tensors": sum(taken), "of": len(taken)}
+        return record
 
     def warn(self) -> None:
-        """One warning that names the tensors, if there is anything to tell."""
-        if self.tensors:
-            total = sum(seen["soup"] for seen in self.tensors.values())
+        """One warning that names the tensors with values that are not finite, if there are any."""
+        if self.non_finite:
+            total = sum(seen["soup"] for seen in self.non_finite.values())
             warnings.warn(
-                f"the soup holds {total} NaN or infinite values, in {name_list(sorted(self.tensors))}", stacklevel=2
+                f"the soup holds {total} NaN or infinite values, in {name_list(sorted(self.non_finite))}", stacklevel=2
             )
 
 
@@ -86,7 +112,7 @@ def merged_blocks(
     plan: TensorPlan,
     method: Method,
     readers: Readers,
-    non_finite: NonFinite,
+    findings: Findings,
     *,
     start: int = 0,
     stop: int | None = None,
@@ -102,7 +128,7 @@ def merged_blocks(
             block = readers.ingredients[0](first, min(first + BLOCK, stop))
             yield first, [block] * len(plan.variants)
         return
-    whole = _WholeTensor(plan, method, readers, non_finite, torch.device(device))
+    whole = _WholeTensor(plan, method, readers, findings, torch.device(device))
     variants = whole.surveyed_variants()
     for span in whole.spans(start, stop):
         blocks = whole.read(*span)
@@ -149,9 +175,9 @@ class _WholeTensor:
     """One tensor in every model: what surveys ask of it, and the blocks that the method gets."""
 
     def __init__(
-        self, plan: TensorPlan, method: Method, readers: Readers, non_finite: NonFinite, device: torch.device
+        self, plan: TensorPlan, method: Method, readers: Readers, findings: Findings, device: torch.device
     ) -> None:
-        self.plan, self.method, self.readers, self.non_finite = plan, method, readers, non_finite
+        self.plan, self.method, self.readers, self.findings = plan, method, readers, findings
         self.num_elements, self.shape = plan.num_elements, plan.shape
         self.num_ingredients, self.has_base = len(readers.ingredients), readers.base is not None
         self.row = plan.row_length if method.whole_rows(plan.variants[0]) else None
@@ -164,6 +190,8 @@ class _WholeTensor:
         if self.method.survey is None or self.num_elements == 0:
             return keywords
         facts = self.method.survey(self, **keywords[0])
+        if self.method.fallback is not None:
+            self.findings.note_fallback(self.plan.name, self.method.fallback.taken(**facts))
         return [variant | facts for variant in keywords]
 
     def spans(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
@@ -198,7 +226,7 @@ class _WholeTensor:
         """The exact values at 0-based ``ranks`` of each quantity in ascending order."""
 
         def scan(stride: int) -> Iterator[list[np.ndarray]]:
-            unclean = stride == 1 and (self.non_finite.allowed or not self.surveyed)
+            unclean = stride == 1 and (self.findings.allowed or not self.surveyed)
             for span in self.spans():
                 blocks = self.read(*span, 1 if rowwise else stride)
                 quantities = function(self._clean(span, blocks) if unclean else blocks)
@@ -210,7 +238,7 @@ class _WholeTensor:
 
     def suspect(self, span: tuple[int, int], blocks: Blocks) -> bool:
         """Whether models may hold values that are not finite and are to be counted; refused if they might not show."""
-        allowed = self.non_finite.allowed
+        allowed = self.findings.allowed
         shown = self.method.shows_non_finite or self.surveyed
         if (shown and not allowed) or _sums_are_finite(self._models(blocks)):
             return False
@@ -224,7 +252,7 @@ class _WholeTensor:
         # A float32 sum that is finite is finite in bfloat16 too, but for the last half unit of its range.
         narrowed = self.plan.dtype in NARROW or soup.dtype == torch.float64
         watched = rounded.float() if narrowed and self.plan.dtype != torch.float64 else soup
-        counts = first or not self.non_finite.allowed
+        counts = first or not self.findings.allowed
         if counts and (suspected or not _sums_are_finite([watched])):
             self._examine(span, rounded)
         return rounded.cpu()
@@ -234,7 +262,7 @@ class _WholeTensor:
         models = self._models(blocks)
         if _sums_are_finite(models):
             return blocks
-        if not self.non_finite.allowed:
+        if not self.findings.allowed:
             self._examine(span, None)
         for block in models:
             block.nan_to_num_(0, 0, 0)
@@ -243,7 +271,7 @@ class _WholeTensor:
     def _examine(self, span: tuple[int, int], soup: Tensor | None) -> None:
         """Count what is not finite, in the models as they are read again: methods overwrite their blocks."""
         models = self._models(self.read(*span))
-        self.non_finite.examine(self.plan, self.readers.labels, models, soup)
+        self.findings.examine(self.plan, self.readers.labels, models, soup)
 
     def _models(self, blocks: Blocks) -> list[Tensor]:
         return in_order(blocks.ingredients, blocks.base, blocks.fishers)

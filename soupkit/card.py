@@ -42,7 +42,7 @@ def model_card(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         _table(ingredients, hub_ids),
         f"## Method\n\n`{recipe['method']}`: {row.summary}.",
         fenced(row.formula),
-        f"- Paper: {row.paper}\n- Departures: {row.departures}",
+        "\n".join(f"- {x}" for x in (f"Paper: {row.paper}", f"Departures: {row.departures}", *fallback_of(record))),
         f"## Recipe\n\n{fenced(to_yaml(recipe), 'yaml')}",
         "Saved as `recipe.yaml`, and with the models where it names them, it makes the same weights again:",
         fenced("python -m soupkit merge recipe.yaml --out soup", "sh"),
@@ -60,6 +60,12 @@ def ingredients_of(recipe: Mapping[str, Any]) -> list[Ingredient]:
         own = {"model": entry} if isinstance(entry, str) else dict(entry)
         found.append(Ingredient(own.pop("model"), "ingredient", own))
     return found
+
+
+def fallback_of(record: Mapping[str, Any]) -> list[str]:
+    """One line on how many tensors took the method's fallback; no line where none did."""
+    found = record.get("fallback", {"tensors": 0})
+    return [f"{found['tensors']:,} of {found['of']:,} tensors took {found['rule']}"] if found["tensors"] else []
 
 
 def hub_ids_of(labels: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from soupkit import hashing
-from soupkit.blocks import NonFinite, Readers, merged_blocks, steady_torch
+from soupkit.blocks import Findings, Readers, merged_blocks, steady_torch
 from soupkit.errors import MergeError
 from soupkit.methods import Method
 from soupkit.planning import TensorPlan
@@ -102,7 +102,7 @@ def tensor_tasks(
     plan: TensorPlan,
     method: Method,
     open_streams: Callable[[int, int], AbstractContextManager[Streams]],
-    non_finite: NonFinite,
+    findings: Findings,
     progress: Progress,
     device: torch.device | str = "cpu",
 ) -> list[Task]:
@@ -114,7 +114,7 @@ def tensor_tasks(
         stop = min(start + step, plan.num_elements)
         with open_streams(start, stop) as streams:
             for position, blocks in merged_blocks(
-                plan, method, streams.readers, non_finite, start=start, stop=stop, device=device
+                plan, method, streams.readers, findings, start=start, stop=stop, device=device
             ):
                 for variant, block in enumerate(blocks):
                     streams.sink(variant, position, block)
@@ -141,16 +141,14 @@ def run(tasks: Sequence[Task], num_threads: int, progress: Progress) -> list[Any
                 pool.shutdown(cancel_futures=True)
 
 
-def run_forked(tasks: Sequence[Task], num_processes: int, progress: Progress, non_finite: NonFinite) -> list[Any]:
-    """As :func:`run`, in forked processes; what they count as not finite is added up."""
+def run_forked(tasks: Sequence[Task], num_processes: int, progress: Progress, findings: Findings) -> list[Any]:
+    """As :func:`run`, in forked processes; what they find is added up."""
     progress.children = SharedCounts(num_processes)
     try:
         with steady_torch():
-            results, counts = run_in_processes(
-                tasks, num_processes, progress.children, progress.show, lambda: non_finite.tensors
-            )
+            results, found = run_in_processes(tasks, num_processes, progress.children, progress.show, findings.found)
     finally:
         progress.children = None
-    for tensors in counts:
-        non_finite.add(tensors)
+    for part in found:
+        findings.add(part)
     return results

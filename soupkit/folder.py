@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soupkit.blocks import NonFinite, Readers, require_equal
+from soupkit.blocks import Findings, Readers, require_equal
 from soupkit.card import model_card
 from soupkit.checkpoint import (
     VOCABULARY_FILES,
@@ -143,15 +143,15 @@ def merge_into_memory(plan: FolderPlan, options: FolderOptions) -> list[dict[str
     soups = [
         {tensor.name: torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in plan.tensors} for _ in plan.recipes
     ]
-    non_finite = NonFinite(options.allow_nonfinite)
+    findings = Findings(options.allow_nonfinite)
     with Progress(plan.num_bytes, plan.recipes[0].method, options.progress).shown() as progress:
         tasks: list[Task] = []
         for tensor in _largest_first(plan.tensors):
             flat = [soup[tensor.name].view(-1) for soup in soups]
             open_streams = partial(_streams_to_memory, plan, tensor, flat)
-            tasks += tensor_tasks(tensor, plan.method, open_streams, non_finite, progress, options.device)
+            tasks += tensor_tasks(tensor, plan.method, open_streams, findings, progress, options.device)
         run(tasks, options.num_threads, progress)
-    non_finite.warn()
+    findings.warn()
     return soups
 
 
@@ -164,20 +164,20 @@ def merge_into_folders(plan: FolderPlan, outs: Sequence[Path], options: FolderOp
     _check_space(plan, outs)
     companion_files(_companions(plan))  # for what it refuses
     shards = _shards(plan, options.max_shard_size)
-    non_finite = NonFinite(options.allow_nonfinite)
+    findings = Findings(options.allow_nonfinite)
     with ExitStack() as stack:
         partials = [stack.enter_context(published_folder(out, options.overwrite, sync=options.sync)) for out in outs]
         written = {name: [_Shard(folder / name, tensors) for folder in partials] for name, tensors in shards.items()}
         for shard in chain.from_iterable(written.values()):
             shard.create()
         with Progress(plan.num_bytes, plan.recipes[0].method, options.progress).shown() as progress:
-            hashes = _stream(plan, shards, written, non_finite, progress, options)
+            hashes = _stream(plan, shards, written, findings, progress, options)
         for recipe, folder in zip(plan.recipes, partials, strict=True):
             _write_companions(plan, folder)
             if len(shards) > 1:
                 _write_index(folder, shards)
-            _write_record(plan, recipe, folder, hashes, non_finite, options)
-    non_finite.warn()
+            _write_record(plan, recipe, folder, hashes, findings, options)
+    findings.warn()
     return outs
 
 
@@ -248,7 +248,7 @@ def _stream(
     plan: FolderPlan,
     shards: Mapping[str, Sequence[TensorPlan]],
     written: Mapping[str, Sequence[_Shard]],
-    non_finite: NonFinite,
+    findings: Findings,
     progress: Progress,
     options: FolderOptions,
 ) -> dict[Path, str]:
@@ -257,12 +257,12 @@ def _stream(
     for tasks, (name, tensors) in zip(of_shards, shards.items(), strict=True):
         for tensor in _largest_first(tensors):
             open_streams = partial(_streams_to_files, plan, tensor, written[name], options)
-            tasks += tensor_tasks(tensor, plan.method, open_streams, non_finite, progress, options.device)
+            tasks += tensor_tasks(tensor, plan.method, open_streams, findings, progress, options.device)
     # In turns, so that those who work side by side write to different files: a file takes one write at a time.
     tasks = [task for turn in zip_longest(*of_shards) for task in turn if task is not None]
     many = options.num_threads > 1 and plan.num_bytes >= WORTH_FORKING
     if many and options.device.type == "cpu" and can_fork():
-        digests = run_forked(tasks, options.num_threads, progress, non_finite)
+        digests = run_forked(tasks, options.num_threads, progress, findings)
     else:
         digests = run(tasks, options.num_threads, progress)
     known = {piece: digest for found in digests for piece, digest in found.items()}
@@ -432,7 +432,7 @@ def _write_record(
     recipe: Recipe,
     folder: Path,
     hashes: Mapping[Path, str],
-    non_finite: NonFinite,
+    findings: Findings,
     options: FolderOptions,
 ) -> None:
     """soup.json and the model card."""
@@ -442,7 +442,7 @@ def _write_record(
     asked = None if options.dtype is None else dtype_name(options.dtype)
     record = describe(replace(recipe, dtype=asked), checkpoints, lambda path: {algorithm: hashes[path]})
     record["files"] = files_of(folder, lambda path: {algorithm: hashes.get(path) or hash_file(path, algorithm)})
-    record |= {"dtype": _dtype_name(plan), "non_finite": non_finite.record()}
+    record |= {"dtype": _dtype_name(plan)} | findings.record(plan.method.fallback)
     write_json(folder / "soup.json", record)
     (folder / "README.md").write_text(model_card(record, plan.companions.config), encoding="utf-8")
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from soupkit.card import ingredients_of, settings
+from soupkit.card import fallback_of, ingredients_of, settings
 from soupkit.checkpoint import TOKENIZER_FILE, Checkpoint, open_checkpoint, token_ids
 from soupkit.engine import Progress, parse_num_threads, run
 from soupkit.errors import MergeError
@@ -177,7 +177,7 @@ def inspect(
             making = _making(read_record(checkpoint.folder))
         except MergeError as error:
             notes.append(str(error))
-        except (KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             notes.append(f"{RECORD_FILE} is not as soupkit writes it")
     config = checkpoint.config
     return Inspection(
@@ -325,7 +325,7 @@ def _making(record: Mapping[str, Any]) -> tuple[str, ...]:
     for ingredient in ingredients_of(recipe):
         own = f" with {settings(ingredient.parameters)}" if ingredient.parameters else ""
         lines.append(f"{ingredient.role} {ingredient.label}{own}")
-    return tuple(lines)
+    return (*lines, *fallback_of(record))
 
 
 def _tensor_table(tensors: Sequence[TensorFacts]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from soupkit.blocks import NonFinite, Readers, require_equal
+from soupkit.blocks import Findings, Readers, require_equal
 from soupkit.engine import Progress, Streams, run, sink_into, tensor_tasks
 from soupkit.errors import MergeError
 from soupkit.methods import find_method
@@ -66,7 +66,7 @@ def merge_state_dicts(recipes: Sequence[Recipe], options: MemoryOptions) -> list
         if plan.must_be_equal:
             require_equal(plan, _readers(recipe, models.labels, plan.name))
     soups: list[dict[str, Tensor]] = [{} for _ in recipes]
-    non_finite = NonFinite(options.allow_nonfinite)
+    findings = Findings(options.allow_nonfinite)
     tasks, progress = [], Progress(0, recipe.method, shown=False)
     for plan in plans:
         device = recipe.models[0][plan.name].device
@@ -75,9 +75,9 @@ def merge_state_dicts(recipes: Sequence[Recipe], options: MemoryOptions) -> list
                 soup[ties[plan.name]] if plan.name in ties else torch.empty(plan.shape, dtype=plan.dtype, device=device)
             )
         if plan.name not in ties:
-            tasks += _tasks(recipe, plan, models.labels, soups, non_finite, progress, device)
+            tasks += _tasks(recipe, plan, models.labels, soups, findings, progress, device)
     run(tasks, options.num_threads, progress)
-    non_finite.warn()
+    findings.warn()
     return soups
 
 
@@ -86,7 +86,7 @@ def _tasks(
     plan: TensorPlan,
     labels: Sequence[str],
     soups: Sequence[Mapping[str, Tensor]],
-    non_finite: NonFinite,
+    findings: Findings,
     progress: Progress,
     device: torch.device,
 ) -> list[Any]:
@@ -95,7 +95,7 @@ def _tasks(
     def open_streams(start: int, stop: int) -> AbstractContextManager[Streams]:
         return nullcontext(Streams(_readers(recipe, labels, plan.name), sink))
 
-    return tensor_tasks(plan, find_method(recipe.method), open_streams, non_finite, progress, device)
+    return tensor_tasks(plan, find_method(recipe.method), open_streams, findings, progress, device)
 
 
 def _models(recipe: Recipe) -> Models:

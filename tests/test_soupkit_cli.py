@@ -50,6 +50,27 @@ def test_average(folders, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_slerp_says_where_it_is_the_straight_line(folders, tmp_path, capsys):
+    for name, w in (("d", [0.0, 1.0]), ("e", [5.0, 0.0])):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.tensor(w)}, tmp_path / name / "model.safetensors")
+    a, d, e = (str(tmp_path / name) for name in "ade")
+    note = "note: 1 of 1 tensors took the straight line, for |cos θ| > 0.9995 and zeros\n"
+    commands = {
+        "interpolate": ["--method", "slerp", "--t", "0.5"],
+        "sweep": ["--method", "slerp", "--ts", "0.25", "0.5"],
+        "merge": ["--method", "slerp", "--set", "t=0.5"],
+    }
+    for command, options in commands.items():
+        for end, told in ((e, note), (d, "")):
+            out = tmp_path / f"{command} {Path(end).name}"
+            assert main([command, a, end, *options, "--quiet", "--out", str(out)]) == 0
+            captured = capsys.readouterr()
+            assert captured.err == told
+            assert "note" not in captured.out
+    assert weights_of(tmp_path / "merge e").tolist() == [3.0, 0.0]
+
+
 def test_interpolate(folders, tmp_path):
     arguments = ["interpolate", *folders[:2], "--quiet", "--out"]
     assert main([*arguments, str(tmp_path / "line"), "--t", "0.25"]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -206,6 +207,32 @@ def test_non_finite_values_are_counted_in_the_record(tmp_path):
         "layer.1.weight": {"soup": 3, "models": dict(zip(map(str, folders), (0, 3), strict=True))}
     }
     assert load(out)["layer.1.weight"].isnan().sum() == 3
+
+
+def test_how_many_tensors_slerp_moves_along_the_line_is_in_the_record(tmp_path):
+    def beside(cosine: float) -> torch.Tensor:
+        return torch.tensor([cosine, math.sqrt(1 - cosine**2)])
+
+    unit = torch.tensor([1.0, 0.0])
+    on_arcs = {"wide": torch.tensor([0.0, 2.0]), "just": beside(0.9994), "obtuse": beside(-0.9)}
+    on_lines = {"close": beside(0.9996), "same": unit, "zero": torch.zeros(2), "opposite": -unit}
+    copied = {"steps": torch.tensor([3]), "empty": torch.ones(0)}
+    b = on_arcs | on_lines | copied
+    a = {name: unit.clone() for name in on_arcs | on_lines} | copied
+    folders = [save(tmp_path / "a", a), save(tmp_path / "b", b)]
+    outs = [tmp_path / "half", tmp_path / "all"]
+    soupkit.sweep(*folders, [0.5, 1.0], method="slerp", outs=outs, progress=False)
+    for out in outs:
+        record = json.loads((out / "soup.json").read_text())
+        assert record["fallback"] == {"rule": soupkit.METHODS["slerp"].fallback.rule, "tensors": 4, "of": 7}
+        line = "4 of 7 tensors took the straight line, for |cos θ| > 0.9995 and zeros"
+        assert f"\n- {line}\n" in (out / "README.md").read_text(encoding="utf-8")
+        assert soupkit.inspect(out).making[-1] == line
+    merged = load(outs[0])
+    assert torch.linalg.vector_norm(merged["just"]).item() == pytest.approx(1, abs=1e-7)  # on the circle
+    assert torch.linalg.vector_norm(merged["close"]).item() == pytest.approx(math.sqrt((1 + 0.9996) / 2), abs=1e-7)
+    soupkit.average(folders, out=tmp_path / "soup", progress=False)
+    assert "fallback" not in json.loads((tmp_path / "soup" / "soup.json").read_text())
 
 
 def test_an_existing_output_is_kept_unless_overwritten(pair, tmp_path):

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 import soupkit.folder
 from soupkit import Recipe
-from soupkit.blocks import NonFinite
+from soupkit.blocks import Findings
 from soupkit.engine import Progress, run, run_forked
 from soupkit.hashing import hash_file
 from soupkit.processes import can_fork
@@ -260,7 +260,7 @@ def test_tasks_run_under_the_same_settings_wherever_they_run():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        found = [run(tasks, 1, bar()), run(tasks, 2, bar()), run_forked(tasks, 2, bar(), NonFinite())]
+        found = [run(tasks, 1, bar()), run(tasks, 2, bar()), run_forked(tasks, 2, bar(), Findings())]
         assert found == [[(1, False)] * 3] * 3
         assert (torch.get_num_threads(), torch.is_grad_enabled()) == (2, True)
     finally:
@@ -291,7 +291,8 @@ def test_processes_give_the_same_soup_and_the_same_counts(models, tmp_path, monk
     odd = [tmp_path / "odd", tmp_path / "odder"]
     assert can_fork()
     ties = Recipe("ties", models[1:], base=models[0], parameters={"weight": 1, "density": 0.3})
-    records = []
+    records: list[dict] = []
+    fallbacks: list[dict] = []
     for name, worth_forking in (("forked", 0), ("threads", 10**9)):
         monkeypatch.setattr("soupkit.folder.WORTH_FORKING", worth_forking)
         soupkit.merge(ties, out=tmp_path / name, num_threads=2, progress=False)
@@ -300,6 +301,10 @@ def test_processes_give_the_same_soup_and_the_same_counts(models, tmp_path, monk
         with pytest.warns(UserWarning, match="2 NaN or infinite values, in 'v', 'w'"):
             soupkit.average(odd, out=tmp_path / f"{name}2", num_threads=2, progress=False, allow_nonfinite=True)
         records.append(json.loads((tmp_path / f"{name}2" / "soup.json").read_text())["non_finite"])
+        soupkit.interpolate(*models[:2], 0.5, method="slerp", out=tmp_path / f"{name}3", num_threads=2, progress=False)
+        fallbacks.append(json.loads((tmp_path / f"{name}3" / "soup.json").read_text())["fallback"])
     assert hashes([tmp_path / "forked"]) == hashes([tmp_path / "threads"])
     assert records[0] == records[1]
+    assert fallbacks[0] == fallbacks[1]
+    assert (fallbacks[0]["tensors"], fallbacks[0]["of"]) == (0, 20)
     assert not (tmp_path / "refused").exists()

@@ -499,7 +499,9 @@ def test_inspect_tells_how_a_soup_was_made(tmp_path):
         "ingredient runs/sft 1 with weight = 0.25",
     )
     assert "ingredient runs/sft 1 with weight = 0.25" in str(inspect(folder))
-    for content, note in (("{", "soup.json is not valid JSON"), ('{"recipe": 3}', "is not as soupkit writes it")):
+    unlike = "is not as soupkit writes it"
+    forged = json.dumps(RECORD | {"fallback": {"tensors": "all", "of": 3, "rule": "a line"}})
+    for content, note in (("{", "soup.json is not valid JSON"), ('{"recipe": 3}', unlike), (forged, unlike)):
         (folder / "soup.json").write_text(content)
         found = inspect(folder)
         assert found.making == ()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from soupkit.errors import MergeError
 from soupkit.methods import averages, spherical, task_vectors
-from soupkit.methods.row import Blocks, Method, Parameter, Whole
+from soupkit.methods.row import Blocks, Fallback, Method, Parameter, Whole
 
-__all__ = ["METHODS", "Blocks", "Method", "Parameter", "Whole", "find_method"]
+__all__ = ["METHODS", "Blocks", "Fallback", "Method", "Parameter", "Whole", "find_method"]
 
 _T = Parameter("0 gives the first model, 1 the second; beyond them it extrapolates", required=True)
 _WEIGHT = Parameter("of each model", required=True, per_ingredient=True)
@@ -70,11 +70,13 @@ METHODS: dict[str, Method] = {
         formula="(sin((1−t)θ) a + sin(tθ) b) / sin θ, with cos θ = a·b / (‖a‖ ‖b‖)",
         paper="Shoemake 1985, Animating rotation with quaternion curves, https://doi.org/10.1145/325334.325242",
         departures="vectors keep their length; the straight line is taken for zeros and for |cos θ| > 0.9995, as "
-        "between most fine-tunings of one model: there arc and line are about 1/8000 of the length apart, or less",
+        "between most fine-tunings of one model: there arc and line are about 1/8000 of the length apart, or less; "
+        "soup.json and the command line say for how many tensors",
         parameters={"t": _T},
         min_ingredients=2,
         max_ingredients=2,
         survey=spherical.survey_gram,
+        fallback=Fallback("the straight line, for |cos θ| > 0.9995 and zeros", spherical.is_straight),
     ),
     "nuslerp": Method(
         spherical.nuslerp,

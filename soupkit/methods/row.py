@@ -123,6 +123,14 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class Fallback:
+    """What a method does instead with tensors that it does not fit. soup.json says how many they were."""
+
+    rule: str  # what it does, and with which tensors
+    taken: Callable[..., bool]  # (**what the survey found) -> whether the tensor is one of them
+
+
+@dataclass(frozen=True)
 class Method:
     """A row of the table: how a method is computed, what it needs, where it comes from."""
 
@@ -137,6 +145,7 @@ class Method:
     max_ingredients: int | None = None
     needs_fishers: bool = False
     survey: Callable[..., dict[str, Any]] | None = None  # (whole, **parameters) -> more keywords for the function
+    fallback: Fallback | None = None  # for methods with a survey
     whole_rows: Callable[[Mapping[str, Any]], bool] = lambda parameters: False
     shows_non_finite: bool = True  # whether a NaN or infinite value of any model shows in the result
     check: Callable[[Mapping[str, Any]], object] = lambda parameters: None  # raises MergeError for a bad combination

@@ -45,12 +45,16 @@ def slerp(blocks: Blocks, t: float, gram: Tensor) -> Tensor:
     mostly closer than that limit, and slerp is the straight line between them; between their task vectors, which
     nuslerp takes when it has the base, the angle matters.
     """
-    cosine = float(gram[0, 1] / (gram[0, 0].sqrt() * gram[1, 1].sqrt()))
-    if not abs(cosine) <= COLLINEAR:  # also true of NaN
+    if is_straight(gram):
         return weighted_sum(blocks.ingredients, (1 - t, t))
-    angle = math.acos(cosine)
+    angle = math.acos(_cosine(gram))
     coefficients = (math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle))
     return weighted_sum(blocks.ingredients, coefficients)
+
+
+def is_straight(gram: Tensor) -> bool:
+    """Whether slerp takes the straight line: |cos θ| > 0.9995, or a tensor is zero."""
+    return not abs(_cosine(gram)) <= COLLINEAR  # also true of NaN
 
 
 def survey_nuslerp(whole: Whole, nuslerp_flatten: bool, nuslerp_row_wise: bool, **_: Any) -> dict[str, Any]:
@@ -78,6 +82,10 @@ def nuslerp(
         products = _products(directions, 1)
     combined = weighted_sum(directions, _arc_coefficients(products, t).to(directions[0])).view(shape)
     return combined if blocks.base is None else combined + blocks.base
+
+
+def _cosine(gram: Tensor) -> float:
+    return float(gram[0, 1] / (gram[0, 0].sqrt() * gram[1, 1].sqrt()))
 
 
 def _products(pair: Sequence[Tensor], dim: int | None) -> Tensor:
