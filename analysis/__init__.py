@@ -1,7 +1,7 @@
 """Measuring what a soup reference changes: weight-space landscapes, distances between models, reward against KL.
 
-Compute, then draw: every function returns a dataclass of arrays with ``save`` and ``load``; :mod:`analysis.plots` and
-:mod:`analysis.plots_frontier` turn each into a figure.
+Compute, then draw: every function returns a dataclass of arrays with ``save`` and ``load``; :mod:`analysis.plots` turns
+each into a figure. ``python -m analysis`` does both.
 
     from analysis import kl_matrix, line, metrics, plane, plots
 

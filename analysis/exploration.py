@@ -161,7 +161,7 @@ def explore(
         raise ValueError(f"policies: {REFERENCE!r} is the reference's own name; choose another")
     top = Sampling(top_p=top_p)
     sources = {REFERENCE: reference, **policies}
-    models = load_models({name: _policy_of(source) for name, source in sources.items()}, device)
+    models = load_models({name: policy_of(source) for name, source in sources.items()}, device)
     repeated = [prompt for prompt in prompts for _ in range(num_responses)]
     estimates: list[dict[str, Estimate]] = []
     bar = tqdm(models.items(), "exploration", disable=not progress)
@@ -203,7 +203,7 @@ def explore(
     )
 
 
-def _policy_of(source: Any) -> Any:
+def policy_of(source: Any) -> Any:
     """A run folder's policy; anything else as it is."""
     if isinstance(source, str | os.PathLike) and (Path(source) / "policy" / "config.json").is_file():
         return Path(source) / "policy"

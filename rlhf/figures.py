@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,13 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 
-def _band(ax: Axes, x: np.ndarray, rows: list[dict[str, Any]], name: str, label: str, color: str) -> None:
-    """A line with ± one standard error."""
+def draw_band(
+    ax: Axes, x: np.ndarray, rows: Sequence[Mapping[str, Any]], name: str, label: str, color: str, linestyle: str = "-"
+) -> None:
+    """A metric of ``metrics.jsonl`` as a line, with a band of ± one standard error where it has one."""
     mean = np.array([row[name] for row in rows])
-    error = np.nan_to_num([row[f"{name}_stderr"] for row in rows])
-    ax.plot(x, mean, color=color, label=label, linewidth=1.8)
+    error = np.nan_to_num([row.get(f"{name}_stderr", 0.0) for row in rows])
+    ax.plot(x, mean, color=color, label=label, linewidth=1.8, linestyle=linestyle)
     ax.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
 
 
@@ -37,15 +40,15 @@ def draw_run(run: str | Path) -> list[Path]:
     curves = Figure(figsize=(10, 6.4), layout="constrained")
     axes = curves.subplots(2, 2, sharex=True)
     for name, label, color in rewards:
-        _band(axes[0, 0], update, rows, name, label, color)
+        draw_band(axes[0, 0], update, rows, name, label, color)
     axes[0, 0].set_ylabel("reward")
     divergences = [name for name in rows[0] if name.startswith("kl/") and not name.endswith("_stderr")]
     for name, color in zip(divergences, (GREEN, BLUE, ORANGE, PURPLE), strict=False):
-        _band(axes[0, 1], update, rows, name, f"to {name.removeprefix('kl/')}", color)
+        draw_band(axes[0, 1], update, rows, name, f"to {name.removeprefix('kl/')}", color)
     axes[0, 1].set_ylabel("KL (nats per response)")
-    _band(axes[1, 0], update, rows, "entropy", "entropy", PURPLE)
+    draw_band(axes[1, 0], update, rows, "entropy", "entropy", PURPLE)
     axes[1, 0].set_ylabel("entropy (nats per token)")
-    _band(axes[1, 1], update, rows, "response_length", "length", GREEN)
+    draw_band(axes[1, 1], update, rows, "response_length", "length", GREEN)
     axes[1, 1].set_ylabel("response length (tokens)")
     for ax in axes.flat:
         ax.grid(alpha=0.25)

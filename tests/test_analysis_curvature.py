@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from analysis import Hessian, hessian, metrics, weights
 from analysis.differentiation import differentiable
-from analysis.plots_curvature import plot_spectrum
+from analysis.plots import plot_spectrum
 from rlhf.data import batch_examples
 from rlhf.logprobs import head_of, hidden_states, token_statistics
 

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.text import Text
 
-from analysis import KLMatrix, Line, Plane, plots
+from analysis import KLGeometry, KLMatrix, Line, Plane, plots
 from analysis.results import Measurements
 
 
@@ -143,3 +143,108 @@ def test_unknown_metric_is_named() -> None:
             draw()
     with pytest.raises(ValueError, match=r"run 'soup': has no 'kl/sft1' in its metrics; choose one of \['update'"):
         plots.plot_reward_kl({"soup": ROWS}, x="kl/sft1")
+
+
+def test_surface_stands_on_the_plane() -> None:
+    plane = make_plane()
+    plane.measurements.values[0, :4] = [1, 2, 3, 4]
+    ax = plots.plot_surface(plane, "gold_reward")
+    assert {"sft1", "policy", "gold reward", "weight-space L2 distance"} <= {text.strip() for text in texts(ax)}
+    points = [line.get_data_3d() for line in ax.get_lines() if line.get_marker() == "o"]
+    assert [tuple(float(part[0]) for part in point) for point in points][:2] == [(0, 0, 1), (4, 0, 2)]
+    values = np.arange(16.0).reshape(4, 4)
+    values[3] = np.nan
+    texts(plots.plot_surface(make_plane(values), "gold_reward"))
+    with pytest.raises(ValueError, match="ax: has two dimensions"):
+        plots.plot_surface(plane, "gold_reward", ax=plt.subplots()[1])
+
+
+def test_a_wide_plane_has_a_wide_figure() -> None:
+    plane = make_plane()
+    plane.y[:] /= 4
+    width, height = plots.plot_plane(plane, "gold_reward").figure.get_size_inches()
+    assert height < 0.5 * width
+
+
+def test_geometry_shows_every_quantity_of_every_model() -> None:
+    names = ["sft1", "sft2", "soup"]
+    quantities = ["kl_soup", "kl_ingredients", "kl_mixture", "triangle_gap", "log_normalizer"]
+    values = np.arange(15.0).reshape(5, 3)
+    matrix = np.zeros((3, 3))
+    result = KLGeometry(
+        names=names,
+        mean=matrix,
+        stderr=matrix,
+        metadata={},
+        k1=matrix,
+        k1_stderr=matrix,
+        soup="soup",
+        ingredients=names[:2],
+        weights=np.array([0.5, 0.5]),
+        quantities=quantities,
+        values=values,
+        values_stderr=np.full_like(values, 0.1),
+        identity_error=np.zeros(3),
+    )
+    ax = plots.plot_geometry(result)
+    assert {*names, "KL to the soup", "triangle gap", "nats per response"} <= texts(ax)
+    drawn = [container.lines[0].get_xdata().tolist() for container in ax.containers]
+    assert drawn == values.tolist()
+
+
+def test_curves_have_bands_and_leave_out_runs_that_did_not_measure(tmp_path: Path) -> None:
+    other = [{key: value for key, value in row.items() if key != "gold_reward"} for row in ROWS]
+    ax = plots.plot_curves({"soup": ROWS, "sft1": other}, "kl/reference")
+    assert [line.get_ydata().tolist() for line in ax.get_lines()] == [[0.5, 1.0, 1.5]] * 2
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((0.4, 1.6))
+    assert len(plots.plot_curves({"soup": ROWS, "sft1": other}, "gold_reward").get_lines()) == 1
+    with pytest.raises(ValueError, match=r"metric 'gold_reward': in none of the runs \['sft1'\]; choose one of"):
+        plots.plot_curves({"sft1": other}, "gold_reward")
+    with pytest.raises(ValueError, match="run 'empty': has no updates"):
+        plots.plot_curves({"empty": []}, "gold_reward")
+
+
+def test_dashboard_and_grid_have_one_legend() -> None:
+    measured = {"proxy_reward": 1.0, "entropy": 1.2, "response_length": 20.0, "objective": 0.5}
+    rows = [row | measured for row in ROWS]
+    axes = plots.plot_dashboard({"soup": rows, "sft1": rows})
+    labels = [ax.get_ylabel() for ax in axes.flat]
+    assert labels[:2] == ["proxy reward", "gold reward"]
+    assert labels[2:5] == [
+        "KL to reference (nats per response)",
+        "entropy (nats per token)",
+        "response length (tokens)",
+    ]
+    assert (axes[1, 2].get_xlabel(), axes[1, 2].get_ylabel()) == (labels[2], "gold reward")
+    (legend,) = axes[0, 0].figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["soup", "sft1"]
+    assert all(ax.get_legend() is None for ax in axes.flat)
+    without = [{key: value for key, value in row.items() if key != "gold_reward"} for row in rows]
+    _, mine = plt.subplots(2, 3)
+    assert plots.plot_dashboard({"plain": without}, mine) is mine
+    assert (mine[0, 1].get_ylabel(), mine[1, 2].get_ylabel()) == ("objective", "proxy reward")
+    assert [ax.get_legend() is not None for ax in mine.flat] == [True] + [False] * 5
+    grid = plots.plot_grid({"soup": rows}, ["entropy", "objective", "kl/reference", "proxy_reward"])
+    assert grid.shape == (2, 3)
+    assert [ax.axison for ax in grid.flat] == [True] * 4 + [False] * 2
+
+
+def test_more_runs_than_colours_are_told_apart_by_dashes() -> None:
+    lines = plots.plot_curves({str(i): ROWS for i in range(9)}, "gold_reward").get_lines()
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 9
+
+
+def test_saving_writes_all_formats_the_same_bytes_each_time(tmp_path: Path) -> None:
+    ax = plots.plot_kl_matrix(MATRIX)
+    files = plots.save(ax, tmp_path / "figures" / "kl.v2", dpi=50)
+    assert [file.name for file in files] == ["kl.v2.png", "kl.v2.svg"]
+    before = [file.read_bytes() for file in files]
+    assert before[0][:4] == b"\x89PNG"
+    again = plots.plot_kl_matrix(MATRIX).figure
+    plots.save(again, tmp_path / "figures" / "kl.v2", dpi=50, close=True)
+    assert [file.read_bytes() for file in files] == before
+    assert plt.fignum_exists(ax.figure.number)
+    assert not plt.fignum_exists(again.number)
+    axes = plots.plot_grid({"soup": ROWS}, ["gold_reward"])
+    assert plots.save(axes, tmp_path / "grid", formats=["svg"])[0].is_file()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -10,8 +12,8 @@ from matplotlib.patches import Ellipse
 from test_analysis_plots import close_figures, texts
 
 from analysis import Exploration, RewardKLFrontier, ScoredSamples, best_of_n, fit_overoptimisation, frontier_of_samples
-from analysis.plots_frontier import (
-    MID_TONES,
+from analysis.plots import (
+    COLORS,
     plot_best_of_n,
     plot_exploration,
     plot_frontier,
@@ -118,6 +120,16 @@ def luminance(color: str) -> float:
 
 
 def test_colours_stand_out_on_white_and_on_black() -> None:
-    for color in MID_TONES[:3]:  # those of the first curves
+    for color in COLORS[:3]:  # those of the first curves
         assert 1.05 / (luminance(color) + 0.05) > 3, color
         assert (luminance(color) + 0.05) / 0.05 > 3, color
+
+
+def test_vast_regions_do_not_push_the_points_aside() -> None:
+    result = reached()
+    rows = ("group", "seed", "kl_coef", "update", "kl", "kl_stderr", "reward", "reward_stderr")
+    few = replace(result, **{name: getattr(result, name)[:18] for name in rows})
+    few.reward[::6] += [5.0, 0.0, -5.0]  # three seeds that disagree
+    ax = plot_reached(few)
+    low, high = ax.get_ylim()
+    assert np.ptp(few.reward) < high - low <= 2.01 * np.ptp(few.reward)

@@ -13,6 +13,7 @@ import pytest
 from helpers import ROOT
 from nbclient import NotebookClient
 
+import analysis.__main__
 import rlhf.ppo
 import rlhf.reward_model
 import rlhf.sft
@@ -27,12 +28,21 @@ TINY_STAGE = ["--epochs", "0.5", "--batch_size", "8"]
 TINY_PPO = shlex.split(
     "--updates 2 --batch_size 8 --minibatch_size 4 --max_new_tokens 8 --eval_episodes 8 --save_every 1"
 )
+TINY_SAMPLING = ["--max_new_tokens", "8", "--num_prompts", "2"]
+TINY_ANALYSIS = {
+    "report": [],
+    "line": ["--steps", "2"],
+    "plane": ["--steps", "2"],
+    "kl": TINY_SAMPLING,
+    "frontier": TINY_SAMPLING,
+}
 # module -> (its main, flags that make it quick)
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], list[str]]] = {
     "rlhf.sft": (lambda argv: run_command(rlhf.sft.main, argv), TINY_STAGE),
     "rlhf.reward_model": (lambda argv: run_command(rlhf.reward_model.main, argv), TINY_STAGE),
     "rlhf.ppo": (lambda argv: run_command(rlhf.ppo.main, argv), TINY_PPO),
     "soupkit": (soupkit.__main__.main, []),
+    "analysis": (lambda argv: run_command(analysis.__main__.main, [*argv, *TINY_ANALYSIS[argv[0]]]), []),
 }
 TINY_NOTEBOOK = "UPDATES, EPISODES, STEPS, AVERAGE, SEED, PICTURE = 2, 16, 3, 1, 0, None"
 
@@ -77,6 +87,8 @@ def test_every_command_of_the_readme_runs(workspace: Path, capsys: pytest.Captur
         assert main([*arguments, *tiny]) == 0, capsys.readouterr().err
     for name in ("sft1", "sft2", "reward", "run/policy", "plain/policy", "soup", "nearer-sft1"):
         assert (workspace / name / "model.safetensors").is_file(), name
+    for name in ("report.html", "path/loss.png", "plane/loss-surface.svg", "distances/kl.npz", "ideal/tables.md"):
+        assert (workspace / name).stat().st_size > 0, name
     assert len(list((workspace / "runs").glob("*/summary.json"))) == 1
     assert "gold reward" in capsys.readouterr().out
 

@@ -1,8 +1,4 @@
-"""Figures of reward against KL, of over-optimisation and of exploration: see :mod:`analysis.plots` for their ways.
-
-Text and axes take matplotlib's own colours, and what is drawn stands out on white and on black alike, so that
-``plt.style.context("dark_background")`` works.
-"""
+"""Figures of reward against KL: what optima would reach, what runs reached, and where more KL stops to pay."""
 
 from __future__ import annotations
 
@@ -15,22 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Ellipse
 
-from analysis.exploration import Exploration
 from analysis.frontier import KL, REWARD, BestOfN, SampledFrontier
-from analysis.plots import COLORS, LABELS, _new_axes, label_of
+from analysis.plots.style import BAND_ALPHA, COLORS, MARKERS, finish, label_of, new_axes
 from analysis.run_frontier import OveroptimisationFit, RewardKLFrontier
-
-MID_TONES = tuple(color for color in COLORS if color != "#000000")  # black is lost on black
-MARKERS = ("o", "s", "^", "D", "v", "P")
-REGION_ALPHA = 0.18
-MEASURE_LABELS = LABELS | {
-    "self_bleu": "self-BLEU",
-    "unique_responses": "different responses (share)",
-    "top_p_mass": "mass on the reference's top-p set",
-    "max_log_ratio": "largest log π/ρ of a token (nats)",
-    "kl": "KL to the reference (nats per response)",
-    **{f"distinct_{n}": f"distinct-{n}" for n in (1, 2, 3)},
-}
 
 
 def plot_frontier(
@@ -45,8 +28,9 @@ def plot_frontier(
     Best-of-n is dashed: its KL is a bound, so that it lies to the left of what is drawn. ``style`` goes to
     ``Axes.plot``.
     """
-    ax = _new_axes(ax, 6, 4.4)
-    for (label, frontier), color in zip(frontiers.items(), cycle(MID_TONES), strict=False):
+    ax = new_axes(ax, 6, 4.4)
+    drawn = []
+    for (label, frontier), color in zip(frontiers.items(), cycle(COLORS), strict=False):
         kl, reward = frontier[x].estimate, frontier[y].estimate
         options: dict[str, Any] = {
             "color": color,
@@ -57,29 +41,35 @@ def plot_frontier(
         }
         (curve,) = ax.plot(kl, reward, **options | style)
         _draw_regions(ax, kl, reward, frontier.ellipses(y, x), curve.get_color())
-    return _finish(ax, label_of(x), label_of(y))
+        drawn.append((kl, reward))
+    _keep_points_in_view(ax, drawn)
+    return finish(ax, label_of(x), label_of(y))
 
 
 def plot_reached(result: RewardKLFrontier, ax: Axes | None = None, **style: Any) -> Axes:
     """What groups of runs reached: means over seeds with their joint confidence regions, single seeds as faint dots.
 
-    Points that a point of the same group beats in reward and KL are hollow. The lines join points in order of KL.
+    Points that a point of the same group beats in reward and KL are hollow. The lines join points in order of KL. The
+    view is that of the points: regions of few seeds are vast, and are cut.
     ``style`` goes to ``Axes.plot``.
     """
-    ax = _new_axes(ax, 6, 4.4)
-    for group, color, marker in zip(result.names, cycle(MID_TONES), cycle(MARKERS), strict=False):
+    ax = new_axes(ax, 6, 4.4)
+    drawn = []
+    for group, color, marker in zip(result.names, cycle(COLORS), cycle(MARKERS), strict=False):
         points, on_front = result.points(group), result.front(group)
         kl, reward = points.kl.mean(axis=0), points.reward.mean(axis=0)
         order = kl.argsort()
         ax.plot(kl[order], reward[order], color=color, linewidth=0.9, alpha=0.6)
         ax.plot(points.kl.ravel(), points.reward.ravel(), ".", color=color, alpha=0.35, markersize=4)
         _draw_regions(ax, kl, reward, result.ellipses(group), color)
+        drawn.append((points.kl, points.reward))
         options: dict[str, Any] = {"color": color, "marker": marker, "linestyle": "none", "markersize": 6}
         if not on_front.all():
             hollow = options | {"markerfacecolor": "none"} | style
             ax.plot(kl[~on_front], reward[~on_front], **hollow)
         ax.plot(kl[on_front], reward[on_front], label=group, **options | style)
-    return _finish(ax, label_of(result.x), label_of(result.y))
+    _keep_points_in_view(ax, drawn)
+    return finish(ax, label_of(result.x), label_of(result.y))
 
 
 def plot_best_of_n(
@@ -91,16 +81,16 @@ def plot_best_of_n(
     """
     names = [name for name in result.names if name != KL] if rewards is None else rewards
     names = [names] if isinstance(names, str) else list(names)
-    ax = _new_axes(ax, 6, 4)
-    for name, color, marker in zip(names, cycle(MID_TONES), cycle(MARKERS), strict=False):
+    ax = new_axes(ax, 6, 4)
+    for name, color, marker in zip(names, cycle(COLORS), cycle(MARKERS), strict=False):
         mean, low, high = result[name]
         options: dict[str, Any] = {"color": color, "linewidth": 1.6, "marker": marker, "markersize": 4}
         (curve,) = ax.plot(result.n, mean, **options | {"label": label_of(name)} | style)
-        ax.fill_between(result.n, low, high, color=curve.get_color(), alpha=REGION_ALPHA, linewidth=0)
+        ax.fill_between(result.n, low, high, color=curve.get_color(), alpha=BAND_ALPHA, linewidth=0)
     ax.set_xscale("log", base=2)
     ax.set_xticks(result.n, [str(n) for n in result.n])
     ax.minorticks_off()
-    return _finish(ax, "n (the response of highest proxy reward of n)", "reward of the best of n")
+    return finish(ax, "n (the response of highest proxy reward of n)", "reward of the best of n")
 
 
 def plot_overoptimisation(
@@ -110,36 +100,21 @@ def plot_overoptimisation(
 
     A vertical line marks the peak where it lies among the points. ``style`` goes to ``Axes.plot`` for the curves.
     """
-    ax = _new_axes(ax, 6, 4.4)
-    for (label, fit), color, marker in zip(fits.items(), cycle(MID_TONES), cycle(MARKERS), strict=False):
+    ax = new_axes(ax, 6, 4.4)
+    for (label, fit), color, marker in zip(fits.items(), cycle(COLORS), cycle(MARKERS), strict=False):
         roots = np.sqrt(np.maximum(fit.kl, 0)).ravel()
         along = np.linspace(0, roots.max(), 200)
         mean, low, high = fit.predict(along**2)
         options: dict[str, Any] = {"color": color, "linewidth": 1.8, "label": label}
         ax.plot(along, mean, **options | style)
-        ax.fill_between(along, low, high, color=color, alpha=REGION_ALPHA, linewidth=0)
+        ax.fill_between(along, low, high, color=color, alpha=BAND_ALPHA, linewidth=0)
         ax.plot(roots, fit.reward.ravel(), marker, color=color, markersize=4, alpha=0.7)
         peak = np.sqrt(fit.peak_kl.estimate)
         if roots.min() < peak < roots.max():
             ax.axvline(peak, color=color, linewidth=1, linestyle=":")
     top = ax.secondary_xaxis("top", functions=(np.square, lambda kl: np.sqrt(np.maximum(kl, 0))))
     top.set_xlabel("KL (nats per response)")
-    return _finish(ax, "√KL (√nats)", label_of(y))
-
-
-def plot_exploration(result: Exploration, measure: str, ax: Axes | None = None, **style: Any) -> Axes:
-    """One measure of all models, ± one standard error, the reference's as a line. ``style``: of ``Axes.errorbar``."""
-    values = [result[measure, name] for name in result.names]
-    ax = _new_axes(ax, 5, 1.2 + 0.35 * len(values))
-    ax.axvline(values[0].mean, color="0.5", linewidth=1, linestyle="--")
-    options: dict[str, Any] = {"color": MID_TONES[0], "marker": "o", "linestyle": "none", "capsize": 3}
-    places = range(len(values))
-    ax.errorbar([v.mean for v in values], places, xerr=[v.stderr for v in values], **options | style)
-    ax.set_yticks(places, result.names)
-    ax.set_ylim(len(values) - 0.5, -0.5)
-    ax.grid(axis="x", alpha=0.25)
-    ax.set_xlabel(MEASURE_LABELS.get(measure, measure))
-    return ax
+    return finish(ax, "√KL (√nats)", label_of(y))
 
 
 def _draw_regions(ax: Axes, kl: np.ndarray, reward: np.ndarray, ellipses: np.ndarray, color: Any) -> None:
@@ -150,7 +125,7 @@ def _draw_regions(ax: Axes, kl: np.ndarray, reward: np.ndarray, ellipses: np.nda
                 width,
                 height,
                 angle=angle,
-                facecolor=to_rgba(color, REGION_ALPHA),
+                facecolor=to_rgba(color, BAND_ALPHA),
                 edgecolor=to_rgba(color, 0.45),
                 linewidth=0.6,
                 zorder=1,
@@ -159,9 +134,15 @@ def _draw_regions(ax: Axes, kl: np.ndarray, reward: np.ndarray, ellipses: np.nda
     ax.autoscale_view()
 
 
-def _finish(ax: Axes, x_label: str, y_label: str) -> Axes:
-    ax.set_xlabel(x_label)
-    ax.set_ylabel(y_label)
-    ax.grid(alpha=0.25)
-    ax.legend(frameon=False)
-    return ax
+def _keep_points_in_view(ax: Axes, points: Sequence[tuple[np.ndarray, np.ndarray]], share: float = 0.5) -> None:
+    """Cut regions that reach further beyond the points than a share of their range: of few units they are vast."""
+    for column, axis in enumerate((ax.xaxis, ax.yaxis)):
+        places = np.concatenate([np.ravel(pair[column]) for pair in points])
+        places = places[np.isfinite(places)]
+        if len(places) and np.ptp(places) > 0:
+            room = share * np.ptp(places)
+            low, high = axis.get_view_interval()
+            if axis is ax.xaxis:  # KL is not negative, though a region around a small one reaches below 0
+                low = max(low, min(float(places.min()), 0.0) - 0.05 * np.ptp(places))
+            limits = max(low, places.min() - room), min(high, places.max() + room)
+            (ax.set_xlim, ax.set_ylim)[column](*limits)

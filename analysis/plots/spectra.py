@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from analysis.curvature import Hessian
-from analysis.plots import COLORS, _new_axes
+from analysis.plots.style import COLORS, new_axes
 
 
 def plot_spectrum(
@@ -23,7 +23,7 @@ def plot_spectrum(
     ends = np.concatenate([known, result.nodes[result.weights > 0]])
     if not len(ends):
         raise ValueError("result: has neither converged eigenvalues nor a density; compute one of them")
-    ax = _new_axes(ax, 6, 4)
+    ax = new_axes(ax, 6, 4)
     extent = float(np.ptp(ends)) or 1.0
     x = np.linspace(ends.min() - 0.05 * extent, ends.max() + 0.05 * extent, 2000)
     if len(result.nodes):

@@ -1,0 +1,286 @@
+"""``python -m analysis`` measures, writes folders that are whole or absent, and tells bad input in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import ppo_arguments, run_python
+from matplotlib.figure import Figure
+
+import analysis.points
+import rlhf.ppo
+import soupkit
+from analysis import Hessian, IdealFrontier, KLGeometry, KLMatrix, Line, Plane, RewardKLFrontier
+from analysis.__main__ import main
+from analysis.metrics import measure
+from rlhf.command_line import run_command
+
+SAMPLING = ["--max_new_tokens", "5", "--num_prompts", "4"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "demonstrations.jsonl"
+    rows = [{"prompt": f"{a} b", "response": f"c {a}"} for a in "adefgh"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(checkpoints: dict[str, Path], prompt_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two groups of one run."""
+    root = tmp_path_factory.mktemp("runs")
+    first, second = checkpoints["first"], checkpoints["second"]
+    for name, reference in (("plain", [first]), ("soup", [first, second])):
+        settings: dict[str, Any] = {"reference": reference, "track_kl": second, "updates": 1, "eval_episodes": 8}
+        settings["gold_reward"] = "helpers:count_words"
+        rlhf.ppo.main(ppo_arguments(checkpoints, prompt_file, root / f"{name}-0", **settings))
+    return {name: root / f"{name}-0" for name in ("plain", "soup")}
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made but not rendered, which takes longest."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: Path(path).touch())
+
+
+def run(*arguments: object) -> int:
+    return run_command(main, [*map(str, arguments), *([] if arguments[0] == "report" else ["--quiet"])])
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that bad input ends in."""
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    output = capsys.readouterr()
+    (line,) = output.err.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+def files_of(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def pictures(*names: str) -> set[str]:
+    return {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
+
+
+def test_line_measures_draws_and_tabulates(
+    checkpoints: dict[str, Path], data: Path, prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start, end = checkpoints["first"], checkpoints["second"]
+    metrics = [f"loss={data}", "gold_reward=helpers:count_words", f"kl={end}", f"kl/start={start}"]
+    sampling = ["--prompts", prompt_file, *SAMPLING, "--steps", "3"]
+    assert run("line", start, f"other={end}", "--metric", *metrics, *sampling, "--output", tmp_path / "line") == 0
+    names = ["loss", "gold_reward", "kl-second", "kl-start", "entropy", "response_length"]
+    assert files_of(tmp_path) == {"line"}
+    assert files_of(tmp_path / "line") == {"line.npz", "line.json", "tables.md", *pictures(*names)}
+    path = Line.load(tmp_path / "line" / "line.npz")
+    assert (path.names, path.t.tolist()) == (["first", "other"], [0, 0.5, 1])
+    assert path.at["first"]["kl/start"].mean == pytest.approx(0, abs=1e-6)
+    assert path.at["other"]["kl/second"].mean == pytest.approx(0, abs=1e-6)
+    numbers = json.loads((tmp_path / "line" / "line.json").read_text(encoding="utf-8"))
+    assert numbers["values"]["loss"] == path.values["loss"].tolist()
+    assert set(numbers["barriers"]) == {"loss", "gold_reward"}
+    assert numbers["barriers"]["loss"]["excess"]["low"] < numbers["barriers"]["loss"]["excess"]["high"]
+    assert numbers["barriers"]["gold_reward"]["excess"]["low"] is None  # no examples to resample
+    shown = capsys.readouterr().out
+    assert "| other | " in (tmp_path / "line" / "tables.md").read_text(encoding="utf-8")
+    assert "At the checkpoints" in shown
+    assert "instability" in shown
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_plane_marks_a_soup_and_goes_on_after_an_interrupt(
+    checkpoints: dict[str, Path],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    soup = soupkit.average([checkpoints["first"], checkpoints["second"]], out=tmp_path / "soup", progress=False)
+    models = [checkpoints[name] for name in ("first", "second", "third")]
+    command = ["plane", *models, "--mark", soup, "--metric", f"loss={data}", "--steps", "2", "--output"]
+    assert run(*command, tmp_path / "whole") == 0
+    assert files_of(tmp_path / "whole") == {
+        "plane.npz", "plane.json", "tables.md", *pictures("loss", "loss-surface"),
+    }  # fmt: skip
+
+    calls: list[int] = []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(analysis.points, "measure", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(*command, tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    unfinished = tmp_path / "cut.unfinished.npz"
+    assert Plane.load(unfinished).measurements.done.sum() == 3
+    assert "cut.unfinished.npz: what an interrupted command had measured; go on with --resume" in error_of(
+        capsys, *command, tmp_path / "cut"
+    )
+    assert run(*command, tmp_path / "cut", "--resume") == 0
+    assert not unfinished.exists()
+    whole, resumed = (Plane.load(tmp_path / name / "plane.npz") for name in ("whole", "cut"))
+    np.testing.assert_array_equal(whole.values["loss"], resumed.values["loss"])
+    assert whole.distance["soup"] == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_kl_gives_the_matrix_and_with_ingredients_the_geometry(
+    checkpoints: dict[str, Path], prompt_file: Path, tmp_path: Path
+) -> None:
+    models = [checkpoints[name] for name in ("first", "second", "third")]
+    sampling = ["--prompts", prompt_file, *SAMPLING, "--output"]
+    assert run("kl", *models, *sampling, tmp_path / "matrix") == 0
+    matrix = KLMatrix.load(tmp_path / "matrix" / "kl.npz")
+    assert matrix.names == ["first", "second", "third"]
+    assert matrix.metadata["num_prompts"] == 4
+    assert files_of(tmp_path / "matrix") == {"kl.npz", "kl.json", "tables.md", *pictures("kl")}
+    settings = ["--ingredients", "first", "second", "--weights", "1", "3"]
+    assert run("kl", *models, *settings, *sampling, tmp_path / "geometry") == 0
+    geometry = KLGeometry.load(tmp_path / "geometry" / "kl.npz")
+    assert geometry.names == ["first", "second", "third", "soup"]
+    assert geometry.weights.tolist() == [0.25, 0.75]
+    np.testing.assert_array_equal(geometry.mean[:3, :3], matrix.mean)
+    numbers = json.loads((tmp_path / "geometry" / "kl.json").read_text(encoding="utf-8"))
+    assert numbers["mean"] == geometry.mean.tolist()
+    assert "triangle_gap" in (tmp_path / "geometry" / "tables.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_frontier_of_references(checkpoints: dict[str, Path], prompt_file: Path, tmp_path: Path) -> None:
+    references = [checkpoints["first"], checkpoints["second"]]
+    rewards = ["--reward", "helpers:share_of_a", "--gold_reward", "helpers:count_words"]
+    sampling = ["--prompts", prompt_file, *SAMPLING, "--num_samples", "64"]
+    assert run("frontier", *references, *rewards, *sampling, "--output", tmp_path / "ideal") == 0
+    own = IdealFrontier.load(tmp_path / "ideal" / "ideal-first.npz")
+    assert own.names == ["proxy_reward", "gold_reward", "kl/reference", "kl/first"]
+    np.testing.assert_allclose(own["kl/first"].estimate, own["kl/reference"].estimate, atol=1e-4)
+    text = (tmp_path / "ideal" / "tables.md").read_text(encoding="utf-8")
+    assert "gold_reward at equal kl/reference" in text
+    assert "| second − first |" in text
+    assert pictures("gold_reward-kl-to-first", "gold_reward-kl-to-own", "second-best-of-n") <= files_of(
+        tmp_path / "ideal"
+    )
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_frontier_of_runs(runs: dict[str, Path], tmp_path: Path) -> None:
+    plain, soup = runs["plain"], runs["soup"]
+    groups = [f"plain={plain}", f"soup={soup.parent}/soup-*"]
+    assert run("frontier", "--runs", *groups, "--kl_to", "second", "--output", tmp_path / "reached") == 0
+    reached = RewardKLFrontier.load(tmp_path / "reached" / "reached.npz")
+    assert (reached.names, reached.x, reached.seeds("soup")) == (["plain", "soup"], "kl/second", [0])
+    assert files_of(tmp_path / "reached") == {"reached.npz", "frontier.json", "tables.md", *pictures("reached")}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_curvature(checkpoints: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    settings = ["--num_eigenvalues", "1", "--num_probes", "1", "--num_examples", "3"]
+    assert run("curvature", checkpoints["first"], "--data", data, *settings, "--output", tmp_path / "curvature") == 0
+    spectrum = Hessian.load(tmp_path / "curvature" / "hessian.npz")
+    numbers = json.loads((tmp_path / "curvature" / "curvature.json").read_text(encoding="utf-8"))
+    assert numbers["largest"] == spectrum.largest.tolist()
+    assert "loss of 3 examples" in numbers["metadata"]["loss"]
+
+
+def test_report_of_real_runs(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("report", *runs.values(), "--output", tmp_path / "report.html") == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for part in ("Reached frontier", "reference=first+second", "KL to second", "soup-0", "runs of one seed"):
+        assert part in text, part
+    assert "unfinished" not in text
+
+
+def test_bad_input_is_told_in_one_line_and_leaves_nothing(
+    checkpoints: dict[str, Path],
+    data: Path,
+    prompt_file: Path,
+    runs: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first, second, third = (checkpoints[name] for name in ("first", "second", "third"))
+    middle = soupkit.average([first, second], out=tmp_path / "middle", progress=False)
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n", encoding="utf-8")
+    before = files_of(tmp_path)
+    prompts: Sequence[object] = ["--prompts", prompt_file, "--max_new_tokens", "5"]
+    loss = ["--metric", f"loss={data}"]
+    cases: list[tuple[list[object], str]] = [
+        (["line", first, tmp_path / "absent", *loss], "absent: no such folder"),
+        (["line", first, *loss], "a line needs at least two"),
+        (["line", first, first, *loss], "a second checkpoint called 'first'"),
+        (["line", first, f"copy={first}", *loss], "checkpoints 'first' and 'copy' are equal"),
+        (["line", first, checkpoints["larger_vocabulary"], *loss], "vocabulary of 21 tokens"),
+        (["line", first, second, "--metric", "perplexity=x"], "perplexity=x: unknown metric; write one of loss"),
+        (["line", first, second, "--metric", "loss"], "--metric loss: unknown metric"),
+        (["line", first, second, *loss, f"loss={data}"], "--metric loss: given twice"),
+        (["line", first, second, "--metric", "loss=absent.jsonl"], "absent.jsonl: no such file"),
+        (["line", first, second, "--metric", f"kl={third}"], "give --prompts FILE"),
+        (["line", first, second, "--metric", "gold_reward=helpers:nothing", *prompts], "has no function 'nothing'"),
+        (["line", first, second, "--metric", "entropy", "--prompts", empty, *SAMPLING], "empty.txt: no prompts"),
+        (["line", first, second, *loss, "--steps", "1"], "steps=1: must be at least 2"),
+        (["line", first, second, *loss, "--step", "3"], "unrecognized arguments: --step 3"),
+        (["plane", first, second, middle, *loss], "checkpoint 'middle': lies on the line through 'first' and 'second'"),
+        (["plane", first, second, *loss], "a plane needs three, found 2"),
+        (["kl", first, second, "--prompts", empty, *SAMPLING], "no prompts"),
+        (["kl", first, *prompts], "a matrix needs at least two"),
+        (["kl", first, second, *prompts, "--weights", "1"], "go with --ingredients"),
+        (["kl", first, second, *prompts, "--ingredients", "first", "base"], "not among the models"),
+        (["kl", first, second, *prompts, "--max_new_tokens", "0"], "must be at least 1"),
+        (["kl", first, second, *prompts, "--max_new_tokens", "64"], "leaves no room for a prompt in the 64 tokens"),
+        (["frontier"], "give references, for what could be reached"),
+        (["frontier", first, *prompts], "--reward: is needed"),
+        (["frontier", first, *prompts, "--reward", "helpers:share_of_a", "--kl_to", "x"], "is none of the references"),
+        (["frontier", "--runs", runs["plain"]], "write GROUP=RUN,RUN"),
+        (["frontier", "--runs", f"plain={first}"], "first: no PPO run"),
+        (["frontier", "--runs", f"plain={runs['plain']}", "--kl_to", "third"], "did not measure 'kl/third'"),
+        (["curvature", first, "--data", empty], "no examples"),
+        (["study"], "invalid choice: 'study'"),
+    ]  # fmt: skip
+    for arguments, message in cases:
+        assert message in error_of(capsys, *arguments, "--output", tmp_path / "out"), arguments
+        assert files_of(tmp_path) == before, arguments
+    assert "exists already" in error_of(capsys, "line", first, second, *loss, "--output", middle)
+    assert "the following arguments are required: --output" in error_of(capsys, "line", first, second, *loss)
+    for arguments, message in (
+        (["report", first, "--output", tmp_path / "report.html"], "no PPO run"),
+        (["report", runs["plain"], "--output", tmp_path / "report.pdf"], "must end in .html or .md"),
+        (
+            ["report", runs["plain"], "--kl_to", "x", "--output", tmp_path / "r.md"],
+            "not measured by every run",
+        ),
+    ):
+        assert message in error_of(capsys, *arguments)
+    assert files_of(tmp_path) == before
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    for command in ("line", "plane", "kl", "frontier", "curvature", "report"):
+        assert f"python -m analysis {command}" in shown
+    with pytest.raises(SystemExit, match="0"):
+        main(["plane", "--help"])
+    assert "reward/NAME=REWARD" in capsys.readouterr().out
+
+
+def test_the_module_runs() -> None:
+    process = run_python(["-m", "analysis", "line"])
+    assert process.returncode == 2
+    assert process.stderr == "error: the following arguments are required: CKPT, --metric, --output\n"
