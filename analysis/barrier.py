@@ -23,15 +23,14 @@ resampled), each at (1 + confidence) / 2. It covers at least as often as it says
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from analysis.bootstrap import mean_draws
 from analysis.landscape import Line
-
-BLOCK = 2**22  # numbers of resampled examples in memory at a time
 
 
 def _heights_over_mean(values: np.ndarray, share: np.ndarray) -> np.ndarray:
@@ -149,9 +148,8 @@ def barriers_of_examples(
         )
     values = sums.sum(axis=1) / counts.sum(axis=1)
     _check(share, values)
-    resampled = np.concatenate(
-        [(drawn @ sums.T) / (drawn @ counts.T) for drawn in _times_drawn(sums.shape[1], num_resamples, seed)]
-    )
+    drawn = mean_draws(np.stack([sums.T, counts.T], axis=1), num_resamples, seed)
+    resampled = drawn[:, 0] / drawn[:, 1]
     return {name: _barrier(heights, share, values, resampled, confidence) for name, heights in DEFINITIONS.items()}
 
 
@@ -163,15 +161,6 @@ def _check(share: np.ndarray, values: np.ndarray) -> None:
             f"values: {(~np.isfinite(values)).sum()} of {len(values)} points are not measured, NaN or infinite; finish "
             "the line, or measure a metric that is finite"
         )
-
-
-def _times_drawn(num_examples: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each example is drawn, n draws with replacement, in blocks of resamples: [R', n] each, R in all."""
-    generator = np.random.default_rng(seed)
-    size = max(1, BLOCK // num_examples)
-    for first in range(0, num_resamples, size):
-        num = min(size, num_resamples - first)
-        yield generator.multinomial(num_examples, np.full(num_examples, 1 / num_examples), size=num)
 
 
 def _barrier(

@@ -145,19 +145,41 @@ def require_known_way(accelerator: Accelerator) -> None:
 # ── Whole tensors and shards ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def whole(value: Any) -> Any:
-    """A tensor, or a dict or list of them, with every shard put together. All processes call it together."""
-    if isinstance(value, dict):
-        return {name: whole(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [whole(part) for part in value]
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with its shards put together. All processes call it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def kept_whole(tensors: Mapping[Any, Any], keep: bool) -> dict[Any, Any]:
+    """The tensors in nested dicts, whole and in host memory where they were in shards; None for each unless ``keep``.
+
+    All processes call it together, and one keeps what it gives: a device holds no more than one whole tensor at a time.
+    """
+    kept: dict[Any, Any] = {}
+    for name, value in tensors.items():
+        if isinstance(value, Mapping):
+            kept[name] = kept_whole(value, keep)
+        elif isinstance(value, DTensor):
+            tensor = value.full_tensor()
+            kept[name] = tensor.cpu() if keep else None
+        else:
+            kept[name] = value
+    return kept
 
 
 def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
     """A whole tensor as another of its shape is kept: in its dtype, on its device, and in shards where that one is."""
     tensor = tensor.to(other.device, other.dtype)
     return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
+
+
+@torch.no_grad()
+def copy_whole(source: nn.Module, target: nn.Module) -> None:
+    """Write a module's trained parameters over those of a whole copy, one by one. All processes do it together."""
+    copies = dict(target.named_parameters())
+    for name, parameter in source.named_parameters():
+        if parameter.requires_grad:
+            copies[name].copy_(whole(parameter))
 
 
 @torch.no_grad()
@@ -168,13 +190,13 @@ def load_whole(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         present[name].copy_(placed_like(tensor, present[name]))
 
 
-def trained_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, whole and by name. All processes call it together."""
-    return {name: whole(parameter.detach()) for name, parameter in module.named_parameters() if parameter.requires_grad}
+def trained(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, by name, as they are kept."""
+    return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Take over ``whole(optimizer.state_dict())``, in shards where the optimizer's parameters are."""
+    """Take over an optimizer's state of whole tensors, in shards where the optimizer's parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     placed = {
         index: {

@@ -105,7 +105,8 @@ class Comparison(NamedTuple):
 
 def _expectation(p: Tensor, values: Tensor) -> Tensor:
     """Σ_v p_v x_v, 0 where p_v is; in one pass over the vocabulary unless a token is impossible. [n, V] → [n]"""
-    sums = torch.linalg.vecdot(p, values)
+    with torch.autocast(p.device.type, enabled=False):  # which would take this product in 16 bits
+        sums = torch.linalg.vecdot(p, values)
     return sums if bool(sums.isfinite().all()) else torch.where(p == 0, 0.0, p * values).sum(-1)
 
 

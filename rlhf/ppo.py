@@ -37,7 +37,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -63,7 +63,7 @@ from rlhf.metrics import Estimate, explained_variance, mean_estimate, peak_memor
 from rlhf.models import require_checkpoint
 from rlhf.policy import PolicyOutput, mixed_precision
 from rlhf.randomness import generator, shuffled_batch
-from rlhf.reference import ModelReference, folders_in, load_model_reference
+from rlhf.reference import ModelReference, Source, folders_in, load_model_reference
 from rlhf.rewards import RewardError
 from rlhf.rollout import Rollout, sample
 from rlhf.run_folder import Progress, RunFolder
@@ -208,7 +208,7 @@ def roll_out(
 
 def score(run: Run, rollout: Rollout) -> Scores:
     """What is optimised, what it is made of where that is several rewards, and the gold reward. → [B] each"""
-    with run.processes.failing_together(RewardError, ValueError):
+    with run.processes.failing_together(RewardError, ValueError), mixed_precision(run.device, run.config.precision):
         rewards = scoring.score(run.rewards, rollout)
         gold = None if run.gold_reward is None else run.gold_reward(rollout)
     scores = {"proxy_reward": combine(rewards, run.reward_weights, run.standardisation, run.config.reward_clip)}
@@ -223,11 +223,10 @@ def score(run: Run, rollout: Rollout) -> Scores:
 def collect(run: Run, rollout: Rollout, scores: Scores) -> tuple[Experience, dict[str, float]]:
     """Measure a scored rollout's KL to the reference, estimate advantages; also returns the batch's metrics."""
     config = run.config
-    sources = {name: source for name, (_, source) in run.reference.sources.items()} | run.tracked
-    with run.reference.loaded(), mixed_precision(run.device, config.precision):
-        compared = compare(
-            run.model, rollout, sources, temperature=config.temperature, batch_size=config.forward_batch_size
-        )
+    sources = reference_sources(run) | run.tracked
+    with run.reference.loaded():
+        compared = compare_with(run, rollout, sources)
+    with mixed_precision(run.device, config.precision):
         values = old_values(run, rollout)
     tensors = {f"score/{name}": values for name, values in scores.items()} | compared.tensors() | {"values": values}
     rollout, tensors = gather_rollouts(run.processes, rollout, tensors)
@@ -270,6 +269,18 @@ def collect(run: Run, rollout: Rollout, scores: Scores) -> tuple[Experience, dic
         advantages = masked_whiten(advantages, mask)
     ref_logprobs = {name: compared.other_logprobs[name] for name in run.reference.sources}
     return Experience(rollout, compared.logprobs, values, advantages, returns, ref_logprobs), metrics
+
+
+def reference_sources(run: Run) -> dict[str, Source]:
+    """The reference's distributions, by name."""
+    return {name: source for name, (_, source) in run.reference.sources.items()}
+
+
+def compare_with(run: Run, rollout: Rollout, others: Mapping[str, Source]) -> Comparison:
+    """The policy beside other models over a rollout."""
+    config = run.config
+    with mixed_precision(run.device, config.precision):
+        return compare(run.model, rollout, others, temperature=config.temperature, batch_size=config.forward_batch_size)
 
 
 def old_values(run: Run, rollout: Rollout) -> Tensor:
@@ -450,18 +461,16 @@ def evaluate_policy(run: Run, when: str) -> tuple[Evaluation, Rollout, Scores]:
     prompts = [run.test_prompts[i % len(run.test_prompts)] for i in range(config.eval_episodes)]
     rollout = roll_out(run, prompts, "evaluation", progress=f"evaluate {when}")
     scores = score(run, rollout)
-    others = {
-        name: run.tracked.get(name) or load_model_reference([f], device=run.device) for name, f in run.names.items()
-    }
-    with run.reference.loaded(), mixed_precision(run.device, config.precision):
-        sources = {name: source for name, (_, source) in run.reference.sources.items()} | others
-        compared = compare(
-            run.model, rollout, sources, temperature=config.temperature, batch_size=config.forward_batch_size
-        )
+    with run.reference.loaded():
+        compared = compare_with(run, rollout, reference_sources(run))
     tensors = {f"score/{name}": values for name, values in scores.items()} | compared.tensors()
+    for name, folder in run.names.items():  # one at a time: they may be many, and are as large as the policy
+        other = run.tracked.get(name) or load_model_reference([folder], device=run.device)
+        tensors |= compare_with(run, rollout, {name: other}).tensors()
     rollout, tensors = gather_rollouts(run.processes, rollout, tensors)
-    scores, compared = {name: tensors[f"score/{name}"] for name in scores}, Comparison.of(tensors, sources)
-    divergences = {name: compared.kl[name] for name in others}
+    scores = {name: tensors[f"score/{name}"] for name in scores}
+    compared = Comparison.of(tensors, [*run.reference.sources, *run.names])
+    divergences = {name: compared.kl[name] for name in run.names}
     if run.reference.sources:
         divergences = {"reference": token_penalty(run, compared, "exact")} | divergences
     return evaluation_of(rollout, scores, compared.entropy, divergences), rollout, scores

@@ -430,8 +430,8 @@ def model_parts(plan: Plan) -> list[Part]:
         parts.append(Part("reference", plan.num_references * one, reading if config.reference_offload else ALWAYS))
     parts.append(Part("reward models", FLOAT32 * plan.num_rewards * scalar.scalar_model))
     parts.append(Part("models followed", FLOAT32 * plan.num_tracked * policy.language_model))
-    others = max(plan.num_named - plan.num_tracked, 0)
-    return [*parts, Part("models of the table", FLOAT32 * others * policy.language_model, ("evaluation",))]
+    one_at_a_time = plan.num_named > plan.num_tracked
+    return [*parts, Part("model of the table", FLOAT32 * one_at_a_time * policy.language_model, ("evaluation",))]
 
 
 def cast_parts(plan: Plan) -> list[Part]:
@@ -471,15 +471,18 @@ def gathered_parts(plan: Plan) -> list[Part]:
 
 
 def whole_parts(plan: Plan) -> list[Part]:
-    """What FSDP puts together on every device: weights for the copy that samples, weights and moments to save.
+    """The tensor that FSDP puts together of its shards, one at a time, for the copy that samples or a checkpoint.
 
-    4 bytes a trained weight of the policy; and to save, unless ``save_every`` is 0, 12 a trained weight of both models.
+    4 bytes a number of the largest that is trained: embedding or linear map, or of LoRA an adapter's matrix.
     """
     if not plan.config.sharded:
         return []
-    policy, value = trained_numbers(plan)
-    saved = 3 * FLOAT32 * (policy + value) if plan.config.save_every else 0
-    return [Part("whole tensors", FLOAT32 * policy, ("copy",)), Part("whole tensors", saved, ("save",))]
+    policy = plan.policy
+    if plan.config.lora_rank:
+        largest = plan.config.lora_rank * max(policy.hidden_size, policy.intermediate_size, policy.queries)
+    else:
+        largest = max(policy.embedding, policy.hidden_size * max(policy.intermediate_size, policy.queries))
+    return [Part("whole tensor", FLOAT32 * largest, ("copy", "save"))]
 
 
 def cache_bytes(shape: Shape, episodes: int, tokens: int, bf16: bool) -> int:
@@ -579,9 +582,9 @@ def pass_parts(plan: Plan) -> list[Part]:
         Part("hidden states", -(-config.eval_episodes // config.processes) * hidden, evaluating),
     ]
 
-    # The reward models read in float32 whatever the precision, the others at most as much.
+    # Of the models that read, one after the other, the largest counts.
     tokens = plan.forward_batch * plan.length
-    reads = max(working_bytes(scalar, False) if plan.num_rewards else 0, working_bytes(policy, plan.bf16))
+    reads = max(working_bytes(scalar, plan.bf16) if plan.num_rewards else 0, working_bytes(policy, plan.bf16))
     rows = plan.forward_batch * config.max_new_tokens
     compared = 5 * FLOAT32 * chunk_rows(plan, rows) * policy.vocab_size
     states = (1 + plan.num_references) * FLOAT32 * rows * policy.hidden_size
@@ -681,8 +684,8 @@ def rollout_work(plan: Plan) -> list[Work]:
 def scoring_work(plan: Plan) -> list[Work]:
     """One forward pass of every model over all episodes; policy and references with their heads at response tokens.
 
-    The policy's body is read only where the hidden states of sampling were not kept. Reward models compute in float32.
-    An offloaded reference travels to the device and back.
+    The policy's body is read only where the hidden states of sampling were not kept. An offloaded reference travels to
+    the device and back.
     """
     config, device, episodes = plan.config, plan.device, plan.episodes
     passes = -(-episodes // plan.forward_batch)
@@ -697,7 +700,7 @@ def scoring_work(plan: Plan) -> list[Work]:
     policy, read = plan.policy, plan.length - 1
     reference_bf16 = plan.bf16 or config.reference_dtype != "float32"
     works = [
-        work("reward", plan.num_rewards, plan.scalar, plan.length, False, 0),
+        work("reward", plan.num_rewards, plan.scalar, plan.length, plan.bf16, 0),
         work("policy", 1, policy, read, plan.bf16, rows, not plan.keeps_hidden),
         work("reference", plan.num_references + plan.num_tracked, policy, read, reference_bf16, rows),
     ]

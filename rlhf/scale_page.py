@@ -35,8 +35,7 @@ SETTINGS: dict[str, dict[str, str]] = {
         ),
         "8 GPUs, FSDP": f"{SALSA} {SHARDED}",
         "8 GPUs, FSDP, 1B reward and value": f"{SALSA} {SHARDED} --reward_size 1b",
-        "the same, plain PPO, no checkpoints": f"{PLAIN} {SHARDED} --reward_size 1b --save_every 0",
-        "8 H200, FSDP, no checkpoints": f"{SALSA} {SHARDED} --device h200 --save_every 0",
+        "8 H200, FSDP": f"{SALSA} {SHARDED} --device h200",
     },
     "70b": {
         "8 GPUs, FSDP": f"{SALSA} {SHARDED}",

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf import kl_control
 from rlhf.config import PPOConfig
 from rlhf.data import Prompt, load_prompts, shared_prompts
-from rlhf.distributed import Processes, load_optimizer, load_whole, trained_weights, whole
+from rlhf.distributed import Processes, copy_whole, kept_whole, load_optimizer, load_whole, trained
 from rlhf.guards import StepGuard
 from rlhf.lora import LoraSettings, add_adapter, load_with_adapter
 from rlhf.models import (
@@ -79,20 +79,20 @@ class Run:
         return self.processes.device
 
     def model_weights(self) -> dict[str, Tensor]:
-        """The trained weights of the policy's language model, whole. All processes call this together."""
-        return trained_weights(self._plain(self.learners["policy"]).get_submodule("model"))
-
-    def state(self) -> dict[str, Any]:
-        """What training changes beside :meth:`model_weights`, with LoRA these too, as whole tensors.
+        """The trained weights of the policy's language model, whole, in the process that writes.
 
         All processes call this together.
         """
-        weights = {name: trained_weights(self._plain(learner)) for name, learner in self.learners.items()}
+        return self._kept(trained(self._plain(self.learners["policy"]).get_submodule("model")))
+
+    def state(self) -> dict[str, Any]:
+        """What training changes beside :meth:`model_weights`, with LoRA these too, as :meth:`model_weights` has it."""
+        weights = {name: trained(self._plain(learner)) for name, learner in self.learners.items()}
         if not self.config.lora_rank:
             weights["policy"] = {name: w for name, w in weights["policy"].items() if not name.startswith(MODEL)}
         return {
-            "weights": weights,
-            "optimizers": {name: whole(learner.optimizer.state_dict()) for name, learner in self.learners.items()},
+            "weights": self._kept(weights),
+            "optimizers": {name: self._kept(lr.optimizer.state_dict()) for name, lr in self.learners.items()},
             "kl_controller": self.kl_controller.state(),
             "reference": self.reference.state(),
             "skipped_in_a_row": self.guard.in_a_row,
@@ -119,9 +119,12 @@ class Run:
 
     def copy_policy(self) -> None:
         """Give the policy that samples the weights that are trained, where it is a copy; all processes do together."""
-        trained = self._plain(self.learners["policy"])
-        if trained is not self.policy:
-            load_whole(self.policy, trained_weights(trained))
+        policy = self._plain(self.learners["policy"])
+        if policy is not self.policy:
+            copy_whole(policy, self.policy)
+
+    def _kept(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        return kept_whole(tensors, self.processes.is_main)
 
     def _plain(self, learner: Learner) -> torch.nn.Module:
         """A learner's module without what accelerate has put around it."""
@@ -166,19 +169,18 @@ def set_up(config: PPOConfig, processes: Processes | None = None) -> Run:
     rewards = {name: load(spec) for name, spec in specs.items()}
     gold_reward = load(config.gold_reward) if config.gold_reward else None
     place = torch.device("cpu") if processes.shards else device  # from where accelerate takes each process's shard
-    trained = Policy(load_policy(config, place), value_head=config.value_model == "shared")
+    policy = sampling = Policy(load_policy(config, place), value_head=config.value_model == "shared")
     value_model = None if value_folder is None else ValueModel(load_value_model(config, value_folder, place))
-    modules = [trained, *([value_model] if value_model else [])]
+    modules = [policy, *([value_model] if value_model else [])]
     if config.lora_rank and config.precision == "bf16":
         for module in modules:
             halve_linear_layers(module, frozen_only=True)
-    policy = trained
     if processes.shards:
-        policy = deepcopy(trained).to(device)
+        sampling = deepcopy(policy).to(device)
         if config.precision == "bf16":
-            halve_linear_layers(policy, frozen_only=False)
+            halve_linear_layers(sampling, frozen_only=False)
     if config.activation_checkpointing:
-        for model in (trained.model, *([value_model.scalar.model] if value_model else [])):
+        for model in (policy.model, *([value_model.scalar.model] if value_model else [])):
             checkpoint_activations(model)
     names = names_of([policy_folder, *named])
     tracked = config.track_kl or ([policy_folder] if config.reference_kind == "none" else [])
@@ -186,9 +188,9 @@ def set_up(config: PPOConfig, processes: Processes | None = None) -> Run:
         config=config,
         processes=processes,
         tokenizer=tokenizer,
-        policy=policy,
+        policy=sampling,
         value_model=value_model,
-        learners=make_learners(config, trained, value_model),
+        learners=make_learners(config, policy, value_model),
         reference=settings.load(device),
         names=names,
         tracked={
@@ -236,17 +238,17 @@ def make_learners(config: PPOConfig, policy: Policy, value_model: ValueModel | N
         betas = (config.adam_beta1, config.adam_beta2)
         return torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, weight_decay=0.0, fused=True)
 
-    def trained(module: torch.nn.Module) -> dict[str, object]:
+    def trained_group(module: torch.nn.Module) -> dict[str, object]:
         return {"params": [parameter for parameter in module.parameters() if parameter.requires_grad]}
 
-    groups = [trained(policy.model)]
+    groups = [trained_group(policy.model)]
     rates = [config.learning_rate]
     if policy.value_head is not None:
-        groups.append(trained(policy.value_head))
+        groups.append(trained_group(policy.value_head))
         rates.append(config.value_learning_rate)
     learners = {"policy": Learner(policy, adamw(groups), rates)}
     if value_model is not None:
-        optimizer = adamw([trained(value_model)])
+        optimizer = adamw([trained_group(value_model)])
         learners["value"] = Learner(value_model, optimizer, [config.value_learning_rate])
     return learners
 

@@ -142,7 +142,7 @@ def test_the_seed_and_the_size_of_blocks() -> None:
 def test_a_maximum_of_noise_is_no_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any barrier the estimate is above 0 nearly every time, the lower limit at most 1 in 40 times or so."""
     generator = np.random.default_rng(0)
-    monkeypatch.setattr("analysis.barrier.BLOCK", 50 * 64)  # several blocks
+    monkeypatch.setattr("analysis.bootstrap.BLOCK", 50 * 64)  # several blocks
     share, num = np.linspace(0, 1, 9), 200
     results = [
         barriers_of_examples(share, generator.normal(size=(9, 50)), num_resamples=200, seed=i)["excess"]

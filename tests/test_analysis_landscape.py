@@ -386,6 +386,15 @@ def test_points_are_rounded_once_to_the_models_dtype() -> None:
     np.testing.assert_array_equal(result.values["m"], [1, 1 + 2**-7, 1 + 2**-7])
 
 
+def test_points_of_a_plane_are_rounded_once_too() -> None:
+    """1 + 1.5 · 2⁻⁹ would be rounded to 1, and once more; 1 + 3 · 2⁻⁹ goes to 1 + 2⁻⁷."""
+    model = Vector().to(torch.bfloat16)
+    pair = [{"a": torch.tensor([1.5 * 2**-9, x])} for x in (0.0, 1.0)]
+    result = plane({"one": vector(0, 0)}, {"m": first}, model=model, directions=pair, radius=1, steps=3, progress=False)
+    assert result.values["m"][2, 2] == 1 + 2**-7
+    assert result.values["m"][1, 2] == 1
+
+
 def test_folders_are_loaded_exactly_and_named_by_their_folder(tmp_path: Path) -> None:
     for seed in (1, 2):
         make_llama(seed).save_pretrained(tmp_path / f"sft{seed}")
@@ -591,6 +600,7 @@ def test_resuming_equals_one_go(measure: Callable[..., Line], error: type[BaseEx
         measure(CORNERS, {"m": interrupted_after(4, first, error)}, save=path, **arguments)
     unfinished = (Line if measure is line else Plane).load(path)
     assert unfinished.measurements.done.sum() == 4
+    assert unfinished.num_nan == {"m": 0}, "what is not measured yet is not a NaN that was measured"
     np.testing.assert_array_equal(np.isnan(unfinished.measurements.values[0]), ~unfinished.measurements.done)
 
     whole = measure(CORNERS, {"m": UNINTERRUPTED}, **arguments)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from rlhf import ppo
 from rlhf.command_line import run_command
-from rlhf.distributed import Processes, load_whole, trained_weights
+from rlhf.distributed import Processes, copy_whole, kept_whole, load_whole, trained
 
 SETTINGS: dict[str, Any] = {"micro_batch_size": 1, "save_every": 2}
 CASES: dict[str, dict[str, Any]] = {
@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "shared": {"value_model": "shared", "kl_in": "loss", "kl_estimator": "exact"},
     "moving average": {"reference_kind": "moving_average", "reference_decay": 0.5, "activation_checkpointing": True},
     "lora": {"lora_rank": 4},
+    "bf16": {"precision": "bf16"},
 }
 
 
@@ -56,7 +57,8 @@ def rows_of(run: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    "case", ["separate", "lora", *(pytest.param(c, marks=pytest.mark.slow) for c in ("shared", "moving average"))]
+    "case",
+    ["separate", "lora", *(pytest.param(c, marks=pytest.mark.slow) for c in ("shared", "moving average", "bf16"))],
 )
 def test_shards_learn_as_one_and_resume_to_the_same_bytes(
     case: str,
@@ -107,16 +109,19 @@ def test_what_is_trained_lies_in_shards_and_the_copy_is_whole() -> None:
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4, bias=False))
         copy = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4, bias=False))
-        before = trained_weights(module)
+        before = {name: weight.clone() for name, weight in trained(module).items()}
         wrapped, _ = processes.wrap(module, torch.optim.AdamW(module.parameters()))
         for name, parameter in wrapped.named_parameters():
             assert isinstance(parameter, DTensor)
             assert parameter.to_local().shape[0] * 2 == parameter.shape[0] == before[name].shape[0]
-        load_whole(copy, trained_weights(wrapped))
+        copy_whole(wrapped, copy)
         assert all(torch.equal(weight, before[name]) for name, weight in copy.state_dict().items())
         load_whole(wrapped, {"1.weight": 2 * before["1.weight"]})
-        assert torch.equal(trained_weights(wrapped)["1.weight"], 2 * before["1.weight"])
-        assert torch.equal(trained_weights(wrapped)["0.weight"], before["0.weight"])
+        found = kept_whole({"weights": trained(wrapped), "step": 3}, keep=processes.is_main)
+        assert found["step"] == 3
+        expected = before | {"1.weight": 2 * before["1.weight"]}
+        for name, weight in found["weights"].items():
+            assert torch.equal(weight, expected[name]) if processes.is_main else weight is None
 
     assert forked(*as_ranks(check)) == [0, 0]
 

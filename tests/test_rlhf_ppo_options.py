@@ -283,3 +283,17 @@ def test_held_out_prompts_that_are_trained_on_are_told(
     held_out.write_text("n n n n n n\n" + prompt_file.read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
     set_up(checkpoints, prompt_file, test_prompts=str(held_out))
     assert f"warning: 1 of 2 prompts of {held_out} are trained on as well" in capsys.readouterr().err
+
+
+def test_bf16_measures_and_trains_to_its_digits(checkpoints: Folders, prompt_file: Path, rollout: Rollout) -> None:
+    settings = {"kl_in": "both", "kl_estimator": "exact", "entropy_coef": 0.1, "old_logprobs": "scored"}
+    found = {}
+    for precision in ("float32", "bf16"):
+        run = set_up(checkpoints, prompt_file, precision=precision, **settings)
+        experience, metrics = experience_of(run, replace(rollout, hidden=None))
+        found[precision] = metrics | minibatch_step(run, experience)
+        assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+    for name in ("kl/reference", "kl/third", "entropy", "proxy_reward", "grad_norm/policy"):
+        assert found["bf16"][name] == pytest.approx(found["float32"][name], rel=0.05), name
+    assert found["bf16"]["entropy"] != found["float32"]["entropy"]
+    assert 0 < found["bf16"]["ratio_deviation"] < 0.05
