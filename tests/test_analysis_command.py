@@ -122,8 +122,9 @@ def test_plane_marks_a_soup_and_goes_on_after_an_interrupt(
 
     with monkeypatch.context() as patch:
         patch.setattr(analysis.points, "measure", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             run(*command, tmp_path / "cut")
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted: go on with --resume"
     assert not (tmp_path / "cut").exists()
     unfinished = tmp_path / "cut.unfinished.npz"
     assert Plane.load(unfinished).measurements.done.sum() == 3
