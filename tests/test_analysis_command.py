@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import rlhf.ppo
 import soupkit
 from analysis import Hessian, IdealFrontier, KLGeometry, KLMatrix, Line, Plane, RewardKLFrontier
 from analysis.__main__ import main
+from analysis.inputs import read_checkpoints
 from analysis.metrics import measure
 from rlhf.command_line import run_command
 
@@ -69,6 +71,18 @@ def files_of(folder: Path) -> set[str]:
 
 def pictures(*names: str) -> set[str]:
     return {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
+
+
+def test_names_stand_before_folders_but_a_folder_may_have_an_equals_sign(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("lr=0.1", "run/policy"):
+        shutil.copytree(checkpoints["first"], folder)
+    found = read_checkpoints([str(checkpoints["first"]), "my.v2=lr=0.1", "lr=0.1", "run"])
+    assert found == {
+        "first": str(checkpoints["first"]), "my.v2": "lr=0.1", "lr=0.1": "lr=0.1", "run": "run/policy",
+    }  # fmt: skip
 
 
 def test_line_measures_draws_and_tabulates(
