@@ -190,6 +190,11 @@ class PPOConfig:
                 f"kl_control={self.kl_control}, kl_target={self.kl_target}: give a target in nats per response, and "
                 "adaptive or target as its control; or neither"
             )
+        if self.lora_rank and self.reference_kind == "moving_average":
+            raise ValueError(
+                "lora_rank with reference_kind=moving_average: a policy with adapters is not averaged; use "
+                "lora_rank=0, or another kind"
+            )
         if self.resume and self.output is None:
             raise ValueError("resume: say which run to go on with, by --output FOLDER")
 

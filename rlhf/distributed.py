@@ -6,7 +6,7 @@ averaged by accelerate (DDP or FSDP). The learning curve is that of one process 
 
 Under FSDP, what is trained lies in shards, one a process, gradients and moments included, and is put together layer by
 layer in a training forward. Sampling and measuring read a whole copy, which every process has and which takes over the
-weights after each update.
+weights after each update; so does a moving average. In bf16 that copy's linear layers are rounded.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Processes:
     @property
     def shards(self) -> bool:
         """Whether what is trained is split over the processes (FSDP)."""
-        return self.accelerator.distributed_type == DistributedType.FSDP
+        return self.number > 1 and self.accelerator.distributed_type == DistributedType.FSDP
 
     @property
     def number(self) -> int:
@@ -140,6 +140,11 @@ def require_known_way(accelerator: Accelerator) -> None:
                 "fsdp_cpu_ram_efficient_loading leaves all models of all but one process without weights; set it to "
                 "false (recipes/accelerate/fsdp.yaml)"
             )
+    if accelerator.mixed_precision != "no":
+        raise ValueError(
+            f"accelerate is set to mixed_precision={accelerator.mixed_precision}, which rounds log-probabilities; set "
+            "it to no, and give --precision bf16"
+        )
 
 
 # ── Whole tensors and shards ──────────────────────────────────────────────────────────────────────────────────────────
@@ -193,6 +198,13 @@ def load_whole(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def trained(module: nn.Module) -> dict[str, Tensor]:
     """The parameters that are trained, by name, as they are kept."""
     return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def stored(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, tied ones once, as they are kept."""
+    names = module.state_dict().keys()
+    everything: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor.detach() for name, tensor in everything.items() if name in names}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -62,14 +62,13 @@ class Step:
         self.cache = DynamicCache(config=model.config)
         if any(type(layer) is not DynamicLayer for layer in self.cache.layers):
             raise ValueError(
-                f"engine=graph: {type(model).__name__} has layers that see a window of tokens only; use engine=decode"
+                f"engine=graph: {type(model).__name__} has layers whose cache is no plain one; use engine=decode"
             )
         self.cache.layers = [FixedLayer(capacity, self.column) for _ in self.cache.layers]
         self.positions = position_ids(attention_mask)
         hidden = self._body(tokens, attention_mask.long(), self.positions)
-        # 0 for what a token sees and −∞ for what it does not: a mask of four dimensions is taken as it is.
-        self.mask = torch.full((num_rows, 1, 1, capacity), torch.finfo(hidden.dtype).min, device=device)
-        self.mask = self.mask.to(hidden.dtype)
+        # 0 for what a token sees, and what makes the weight of all else 0; four dimensions are taken as they are.
+        self.mask = hidden.new_full((num_rows, 1, 1, capacity), torch.finfo(hidden.dtype).min)
         self.mask[:, 0, 0, :num_prompt].masked_fill_(attention_mask, 0.0)
         self.tokens = tokens.new_zeros(num_rows, 1)
         self.sampled = tokens.new_zeros(num_rows, num_tokens)
@@ -119,18 +118,16 @@ def decode_by_graph(
     sampling: Sampling,
     eos_token_id: int,
 ) -> Decoded:
-    """As :func:`rlhf.decoding.decode`. Raises ValueError for models whose layers see a window of tokens only."""
-    kind = tokens.device.type
-    # Weights that autocast has rounded and kept would be gone when the graph is replayed.
-    with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
-        step = Step(model, tokens, attention_mask, uniforms, sampling)
-        longest = uniforms.shape[1]
-        run: Callable[[], object] = step if kind != "cuda" or longest == 1 else captured(step)
-        done = 1
-        while done < longest and not bool((step.sampled[:, :done] == eos_token_id).any(dim=1).all()):
-            for _ in range(min(STEPS_BETWEEN_LOOKS, longest - done)):
-                run()
-                done += 1
+    """As :func:`rlhf.decoding.decode`. Raises ValueError for models whose step has no fixed shapes."""
+    # Where autocast rounds weights, the prompt makes it keep them so, in memory that outlives every replay.
+    step = Step(model, tokens, attention_mask, uniforms, sampling)
+    longest = uniforms.shape[1]
+    run: Callable[[], object] = captured(step) if tokens.is_cuda and longest > 1 else step
+    done = 1
+    while done < longest and not bool((step.sampled[:, :done] == eos_token_id).any(dim=1).all()):
+        for _ in range(min(STEPS_BETWEEN_LOOKS, longest - done)):
+            run()
+            done += 1
     ended = step.sampled[:, :done] == eos_token_id
     lengths = torch.where(ended.any(dim=1), ended.long().argmax(dim=1) + 1, done)
     width = int(lengths.max())
@@ -138,17 +135,23 @@ def decode_by_graph(
 
 
 def captured(step: Step) -> Callable[[], object]:
-    """The step as a CUDA graph, standing where the step stands."""
+    """The step as a CUDA graph, standing where the step stands; ValueError where a step waits for what it computes."""
     before = [tensor.clone() for tensor in step.place]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP_STEPS):
-            step()
-            for tensor, value in zip(step.place, before, strict=True):
-                tensor.copy_(value)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    with torch.cuda.device(step.tokens.device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
+                step()
+                for tensor, value in zip(step.place, before, strict=True):
+                    tensor.copy_(value)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                step()
+        except RuntimeError as error:
+            raise ValueError(
+                f"engine=graph: a step of {type(step.model).__name__} cannot be captured ({error}); use engine=decode"
+            ) from error
     return graph.replay

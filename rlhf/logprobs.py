@@ -73,7 +73,9 @@ class Head:
         """[n, d] → [n, V] float32, newly made. The product is taken in the dtype of ``hidden``."""
         # The factor goes on d numbers a position instead of V.
         bias = None if self.bias is None else self.factor * self.bias.to(hidden.dtype)
-        logits = linear(hidden * self.factor, self.weight.to(hidden.dtype), bias).float()
+        rounds = torch.is_autocast_enabled(hidden.device.type)  # whatever it is given
+        weight = self.weight if rounds else self.weight.to(hidden.dtype)
+        logits = linear(hidden * self.factor, weight, bias).float()
         if self.cap is not None:
             logits.div_(self.cap).tanh_().mul_(self.cap / self.temperature)
         return logits

@@ -20,12 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from rlhf.models import disable_dropout, load_causal_lm
 from rlhf.randomness import generator
 from soupkit.checkpoint import base_and_adapter, locate
+from soupkit.lora import PREFIX, read_adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-
-PREFIX = "base_model.model."  # of the names in an adapter's file
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,9 @@ def load_with_adapter(
     from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 
     base, adapter = parts[0], str(locate(parts[1], allow_pickle=False))
+    read_adapter(Path(adapter), adapter, allow_pickle=False)  # what cannot be folded at the end is refused now
     config = LoraConfig.from_pretrained(adapter)
+    config.inference_mode = False  # as peft saves every adapter, which would freeze it
     if config.r != settings.rank:
         raise ValueError(
             f"lora_rank={settings.rank}: the adapter of {folder} has rank {config.r} and is trained on; give that"
@@ -94,8 +94,8 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings) -> None:
         target_modules=targets,
         fan_in_fan_out=any(layers[target] is Conv1D for target in targets),
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(generator(settings.seed, "lora").initial_seed())
+    with torch.random.fork_rng(devices=[]):  # the matrices are drawn on the CPU
+        torch.default_generator.manual_seed(generator(settings.seed, "lora").initial_seed())
         _inject(model, config)
 
 
@@ -126,7 +126,8 @@ def save_adapter(model: PreTrainedModel, base: str, folder: Path, weights: Mappi
     save_file(tensors, folder / "adapter_model.safetensors")
     config = cast(Any, model.peft_config)["default"]
     config.base_model_name_or_path, config.task_type = base, "CAUSAL_LM"
-    config.target_modules = sorted(config.target_modules)  # a set, whose order changes from process to process
+    if not isinstance(config.target_modules, str):  # a set, whose order changes from process to process
+        config.target_modules = sorted(config.target_modules)
     config.save_pretrained(folder)
 
 

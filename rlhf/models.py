@@ -97,13 +97,17 @@ def load_causal_lm(
     """
     model = _load(AutoModelForCausalLM, require_checkpoint(folder), dtype=dtype)
     if base_and_adapter(folder):
-        folded = soupkit.merge(average_recipe([str(folder)]), dtype=torch.float32, progress=False)
-        model = causal_lm_with(model, folded).to(dtype)  # type: ignore[arg-type]
+        model = with_weights(model, folded(folder)).to(dtype)  # type: ignore[arg-type]
     disable_dropout(model)
     return model.eval().to(torch.device(device))
 
 
-def causal_lm_with(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> PreTrainedModel:
+def folded(model: str | Path) -> dict[str, Tensor]:
+    """The float32 weights of BASE+ADAPTER."""
+    return soupkit.merge(average_recipe([str(model)]), dtype=torch.float32, progress=False)
+
+
+def with_weights(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> PreTrainedModel:
     """A new model of the same class and config with other weights, named as in a checkpoint; float32, on the CPU.
 
     They go through ``from_pretrained``, which ties weights and renames tensors as it does for a folder.
@@ -203,11 +207,13 @@ def load_scalar_head_model(
 ) -> ScalarHeadModel:
     """A scalar-head model from a reward-model folder, or from a language model's body with a new head.
 
+    Also from the body of "BASE+ADAPTER", with the LoRA adapter folded in.
+
     ``zero_head`` starts the head at 0, so that every value is 0 before training (Ziegler et al. 2019); otherwise a head
     that the folder lacks is drawn from N(0, 1/(d+1)) (Stiennon et al. 2020), d the hidden size. ``require_head``
     refuses a folder without a head.
     """
-    folder = require_checkpoint(folder)
+    source, folder = folder, require_checkpoint(folder)
     config = AutoConfig.from_pretrained(folder)
     has_head = any("SequenceClassification" in name for name in config.architectures or [])
     if has_head and config.num_labels != 1:
@@ -223,6 +229,8 @@ def load_scalar_head_model(
     new, unused = ((), ()) if has_head else (("score.weight",), ("lm_head.weight",))
     with nullcontext() if has_head else _quiet():
         model = _load(AutoModelForSequenceClassification, folder, new, unused, config=config, dtype=torch.float32)
+        if base_and_adapter(source):
+            model = with_weights(model, folded(source))
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise ValueError(
             f"{folder}: {type(model).__name__} has no linear head named score; use a decoder-only language model"

@@ -465,8 +465,9 @@ def evaluate_policy(run: Run, when: str) -> tuple[Evaluation, Rollout, Scores]:
         compared = compare_with(run, rollout, reference_sources(run))
     tensors = {f"score/{name}": values for name, values in scores.items()} | compared.tensors()
     for name, folder in run.names.items():  # one at a time: they may be many, and are as large as the policy
-        other = run.tracked.get(name) or load_model_reference([folder], device=run.device)
-        tensors |= compare_with(run, rollout, {name: other}).tensors()
+        others = {name: run.tracked.get(name) or load_model_reference([folder], device=run.device)}
+        tensors |= compare_with(run, rollout, others).tensors()
+        del others  # before the next is loaded
     rollout, tensors = gather_rollouts(run.processes, rollout, tensors)
     scores = {name: tensors[f"score/{name}"] for name in scores}
     compared = Comparison.of(tensors, [*run.reference.sources, *run.names])
@@ -541,8 +542,10 @@ def train(config: PPOConfig) -> dict[str, Any]:
                 metrics, rollout, scores, seconds = one_update(run, update)
             except DivergedError:  # in the middle of an update: the checkpoints there are stay the last
                 raise
-            except (RewardError, ValueError):
-                folder.save(reached(done), run)
+            except (RewardError, ValueError) as error:
+                # What one process alone raises, the others do not come to put shards together for.
+                if isinstance(error, RewardError) or not processes.shards:
+                    folder.save(reached(done), run)
                 raise
             done = update
             folder.log({"update": update, "episodes": update * config.batch_size, **metrics})

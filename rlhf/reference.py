@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 import soupkit
 from rlhf.data import TokenBatch
 from rlhf.logprobs import Distributions, log_distribution, model_distributions, require_split
-from rlhf.models import causal_lm_with, load_causal_lm, require_same_tokenizer
+from rlhf.models import load_causal_lm, require_same_tokenizer, with_weights
 from soupkit.api import average_recipe
 from soupkit.provenance import roles
 
@@ -209,7 +209,7 @@ def load_model_reference(
     model = load_causal_lm(first, dtype=torch.float32 if len(recipe.models) > 1 else dtype)
     if len(models) > 1 or weights is not None or is_recipe(models[0]):
         merged = soupkit.merge(recipe, dtype=torch.float32, progress=progress)
-        model = causal_lm_with(model, merged).to(dtype)  # type: ignore[arg-type]
+        model = with_weights(model, merged).to(dtype)  # type: ignore[arg-type]
     model.requires_grad_(False)
     return ModelReference(model.eval().to(torch.device(device)))
 

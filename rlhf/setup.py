@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf import kl_control
 from rlhf.config import PPOConfig
 from rlhf.data import Prompt, load_prompts, shared_prompts
-from rlhf.distributed import Processes, copy_whole, kept_whole, load_optimizer, load_whole, trained
+from rlhf.distributed import Processes, copy_whole, kept_whole, load_optimizer, load_whole, stored, trained
 from rlhf.guards import StepGuard
 from rlhf.lora import LoraSettings, add_adapter, load_with_adapter
 from rlhf.models import (
@@ -79,11 +79,12 @@ class Run:
         return self.processes.device
 
     def model_weights(self) -> dict[str, Tensor]:
-        """The trained weights of the policy's language model, whole, in the process that writes.
+        """What a checkpoint folder of the policy's language model holds, of LoRA the adapter alone, as whole tensors.
 
-        All processes call this together.
+        Only the process that writes has them; all processes call this together.
         """
-        return self._kept(trained(self._plain(self.learners["policy"]).get_submodule("model")))
+        model = self._plain(self.learners["policy"]).get_submodule("model")
+        return self._kept(trained(model) if self.config.lora_rank else stored(model))
 
     def state(self) -> dict[str, Any]:
         """What training changes beside :meth:`model_weights`, with LoRA these too, as :meth:`model_weights` has it."""
@@ -176,9 +177,10 @@ def set_up(config: PPOConfig, processes: Processes | None = None) -> Run:
         for module in modules:
             halve_linear_layers(module, frozen_only=True)
     if processes.shards:
-        sampling = deepcopy(policy).to(device)
+        sampling = deepcopy(policy)
         if config.precision == "bf16":
             halve_linear_layers(sampling, frozen_only=False)
+        sampling.to(device)
     if config.activation_checkpointing:
         for model in (policy.model, *([value_model.scalar.model] if value_model else [])):
             checkpoint_activations(model)

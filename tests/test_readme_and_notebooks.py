@@ -44,7 +44,14 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], list[str]]] = {
     "soupkit": (soupkit.__main__.main, []),
     "analysis": (lambda argv: run_command(analysis.__main__.main, [*argv, *TINY_ANALYSIS[argv[0]]]), []),
 }
-TINY_NOTEBOOK = "UPDATES, EPISODES, STEPS, AVERAGE, SEED, PICTURE = 2, 16, 3, 1, 0, None"
+# notebook -> parameters that make it quick
+TINY_NOTEBOOKS = {
+    "01_soup_reference": "UPDATES, EPISODES, STEPS, AVERAGE, SEED, PICTURE = 2, 16, 3, 1, 0, None",
+    "02_landscapes": "EPISODES, STEPS, UPDATES, DIRECTIONS, PROBES, SEED = 36, 3, 2, 2, 2, 0",
+    "03_kl_geometry": "EPISODES, UPDATES, STEPS, SEED = 72, 2, 3, 0",
+    "04_choose_a_reference": "SAMPLES, UPDATES, EPISODES, MATCHED, SEED, STORED = 64, 2, 16, (0.05,), 0, "
+    f"{str(ROOT / 'benchmarks' / 'references.json')!r}",
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -123,7 +130,7 @@ def test_a_notebook_runs(path: Path, cached: ReviewsTask, tmp_path: Path, monkey
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(path, as_version=4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    parameters.source = TINY_NOTEBOOK
+    parameters.source = TINY_NOTEBOOKS[path.stem]
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 

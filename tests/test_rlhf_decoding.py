@@ -12,6 +12,7 @@ import torch
 from helpers import BOS, EOS, PAD, WORDS, pad_more
 from scipy.stats import chisquare
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from rlhf import decoding, graph_decoding
@@ -143,6 +144,27 @@ def test_a_step_of_fixed_shapes_decodes_the_same(
                 torch.testing.assert_close(ours, theirs, atol=atol, rtol=atol)
 
 
+def test_a_step_in_bf16_rounds_the_prompt_s_copies_of_weights_and_no_more(checkpoints: dict[str, Path]) -> None:
+    """The copies that autocast keeps are made with the prompt, so that no replay has to make them again."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["first"]).eval()
+    weights = {tuple(parameter.shape) for parameter in model.parameters() if parameter.dim() == 2}
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default and tuple(args[0].shape) in weights:
+                casts.append(args[0].shape)
+            return func(*args, **(kwargs or {}))
+
+    tokens, mask = pad_left(PROMPTS, PAD)
+    casts: list[Any] = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Casts():
+        step = graph_decoding.Step(model, tokens, mask, torch.rand(len(PROMPTS), LONGEST), Sampling())
+        assert casts
+        casts.clear()
+        step()
+    assert casts == []
+
+
 def test_a_step_stands_where_it_stood_once_its_place_is_put_back(checkpoints: dict[str, Path]) -> None:
     """As before a graph is captured, whose warm-up takes steps that must leave nothing behind."""
     model = AutoModelForCausalLM.from_pretrained(checkpoints["first"]).eval()
@@ -166,7 +188,7 @@ def test_a_step_of_fixed_shapes_refuses_layers_that_see_a_window() -> None:
         vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, sliding_window=3,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="engine=graph: Gemma2ForCausalLM has layers that see a window of tokens only"):
+    with pytest.raises(ValueError, match="engine=graph: Gemma2ForCausalLM has layers whose cache is no plain one"):
         run(Gemma2ForCausalLM(config).eval(), decode=decode_by_graph)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from helpers import as_ranks, assert_same_run, forked, ppo_arguments
 from safetensors.torch import load_file
@@ -29,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "moving average": {"reference_kind": "moving_average", "reference_decay": 0.5, "activation_checkpointing": True},
     "lora": {"lora_rank": 4},
     "bf16": {"precision": "bf16"},
+    "lora in bf16": {"lora_rank": 4, "precision": "bf16"},
 }
 
 
@@ -58,7 +60,11 @@ def rows_of(run: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(
     "case",
-    ["separate", "lora", *(pytest.param(c, marks=pytest.mark.slow) for c in ("shared", "moving average", "bf16"))],
+    [
+        "separate",
+        "lora",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ("shared", "moving average", "bf16", "lora in bf16")),
+    ],
 )
 def test_shards_learn_as_one_and_resume_to_the_same_bytes(
     case: str,
@@ -137,6 +143,8 @@ def test_ways_of_running_that_ppo_does_not_have_are_refused(monkeypatch: pytest.
         return accelerator
 
     def check() -> None:
+        refused(lambda: Accelerator(mixed_precision="bf16"), "accelerate is set to mixed_precision=bf16, which rounds")
+        AcceleratorState._reset_state()
         refused(deepspeed, "accelerate is set to DEEPSPEED, which rlhf.ppo cannot use")
         refused(lambda: sharded_accelerator(version=1), "set fsdp_version: 2")
         monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")

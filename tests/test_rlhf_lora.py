@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf import ppo
 from rlhf.config import PPOConfig
-from rlhf.lora import LoraSettings, add_adapter, linear_layers, load_with_adapter
-from rlhf.models import load_causal_lm
+from rlhf.lora import LoraSettings, add_adapter, linear_layers, load_with_adapter, save_adapter
+from rlhf.models import load_causal_lm, load_scalar_head_model
 from rlhf.policy import halve_linear_layers, mixed_precision
 from rlhf.setup import set_up
 
@@ -138,6 +138,33 @@ def test_a_run_goes_on_with_an_adapter_and_a_soup_of_adapters_as_its_reference(
     assert row["ratio_deviation_first"] < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
+def test_an_adapter_that_peft_saved_is_trained_on(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    base = str(checkpoints["first"])
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=r".*\.(q|v)_proj", init_lora_weights=False)
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = load_with_adapter(f"{base}+{tmp_path / 'adapter'}", LoraSettings(RANK, ALPHA))
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-6)
+    assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in model.named_parameters())
+    again = tmp_path / "again"
+    again.mkdir()
+    save_adapter(model, base, again, matrices(model))
+    written = json.loads((again / "adapter_config.json").read_text(encoding="utf-8"))
+    assert written["target_modules"] == r".*\.(q|v)_proj"
+
+
+def test_a_value_model_starts_from_the_body_with_its_adapter(checkpoints: dict[str, Path], trained: Path) -> None:
+    folder = f"{checkpoints['first']}+{trained / 'adapter'}"
+    body, whole = load_scalar_head_model(folder).body, load_causal_lm(folder).base_model
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(body.state_dict()[name], weight), name
+    assert not torch.equal(
+        body.layers[0].self_attn.q_proj.weight,
+        load_causal_lm(checkpoints["first"]).base_model.layers[0].self_attn.q_proj.weight,
+    )
+
+
 def test_frozen_weights_in_bfloat16_give_the_same_products(checkpoints: dict[str, Path]) -> None:
     whole, halved = (
         randomised(load_with_adapter(str(checkpoints["first"]), LoraSettings(RANK, ALPHA))) for _ in range(2)
@@ -159,6 +186,15 @@ def test_what_no_adapter_can_be_made_of_or_gone_on_with(
         add_adapter(load_causal_lm(base), LoraSettings(RANK, ALPHA, ("q_proj", "lm_head")))
     with pytest.raises(ValueError, match=f"lora_rank=8: the adapter of .* has rank {RANK} and is trained on; give"):
         load_with_adapter(f"{base}+{adapter}", LoraSettings(8, ALPHA))
+
+    with pytest.raises(ValueError, match="lora_rank with reference_kind=moving_average: a policy with adapters is not"):
+        PPOConfig(lora_rank=4, reference_kind="moving_average")
+    dora = tmp_path / "dora"
+    dora.mkdir()
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    (dora / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}), encoding="utf-8")
+    with pytest.raises(ValueError, match="uses use_dora, which is not supported"):
+        load_with_adapter(f"{base}+{dora}", LoraSettings(RANK, ALPHA))
 
     more = tmp_path / "more"
     more.mkdir()

@@ -17,7 +17,6 @@ from rlhf.checkpointing import save_model
 from rlhf.data import TokenBatch, batch_examples
 from rlhf.models import (
     ScalarHeadModel,
-    causal_lm_with,
     context_length,
     head_values,
     load_causal_lm,
@@ -25,6 +24,7 @@ from rlhf.models import (
     load_tokenizer,
     require_checkpoint,
     require_same_tokenizer,
+    with_weights,
 )
 from rlhf.policy import Policy, ValueModel
 from rlhf.reference import load_model_reference
@@ -161,7 +161,7 @@ def test_reward_models_with_several_labels_are_refused(tmp_path: Path) -> None:
 def test_other_weights_in_the_same_architecture(checkpoints: dict[str, Path]) -> None:
     first, second = (load_causal_lm(checkpoints[name]) for name in ("first", "second"))
     stored = {name: tensor for name, tensor in second.state_dict().items() if name != "lm_head.weight"}  # tied
-    other, batch = causal_lm_with(first, stored), batch_examples(EXAMPLES, PAD)
+    other, batch = with_weights(first, stored), batch_examples(EXAMPLES, PAD)
     assert torch.equal(logprobs_of(other, batch), logprobs_of(second, batch))
     assert not torch.equal(logprobs_of(first, batch), logprobs_of(second, batch))
     assert other.get_output_embeddings().weight is other.get_input_embeddings().weight

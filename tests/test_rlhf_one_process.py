@@ -16,7 +16,9 @@ from rlhf.rollout import Rollout
 
 def rank(index: int, number: int) -> Processes:
     """One of several processes, as far as shares go."""
-    return Processes(SimpleNamespace(num_processes=number, process_index=index, distributed_type=None))  # type: ignore[arg-type]
+    return Processes(
+        SimpleNamespace(num_processes=number, process_index=index, distributed_type=None, mixed_precision="no")
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,8 @@ def test_rollouts_of_several_processes_become_that_of_one(cut: int) -> None:
             return [item for call in calls for item in call]
 
     first, second = (
-        Two(SimpleNamespace(num_processes=2, device=torch.device("cpu"), distributed_type=None)) for _ in range(2)
+        Two(SimpleNamespace(num_processes=2, device=torch.device("cpu"), distributed_type=None, mixed_precision="no"))
+        for _ in range(2)
     )  # type: ignore[arg-type]
     gather_rollouts(first, parts[0], values_of(parts[0]))
     together, tensors = gather_rollouts(second, parts[1], values_of(parts[1]))
