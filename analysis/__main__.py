@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -73,9 +74,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command. Raises ValueError or OSError for bad input, before long work where it can be known then."""
+    """Run one command. Raises ValueError or OSError for bad input, before long work where it can be known then.
+
+    Interrupted, it says what is left and exits with 130.
+    """
     arguments = _parser().parse_args(argv)
-    arguments.run(arguments)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        left = "resume" in arguments and _unfinished(arguments).exists()
+        print(f"interrupted: {'go on with --resume' if left else 'nothing is left'}", file=sys.stderr)
+        sys.exit(130)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,10 +176,15 @@ def _add(parser: argparse.ArgumentParser, flag: str, **options: Any) -> None:
     parser.add_argument(*dict.fromkeys([flag, "--" + flag[2:].replace("_", "-")]), **options)
 
 
+def _default_device() -> str:
+    """A GPU where there is one, each of several processes on a machine its own."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--output", required=True, metavar="DIR", help="a new folder to write")
     _add(parser, "--seed", type=int, default=0, help="of all that is random")
-    _add(parser, "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where models are")
+    _add(parser, "--device", default=_default_device(), help="where models are")
     _add(parser, "--batch_size", type=int, default=64, metavar="N", help="responses or examples handled at once")
     _add(parser, "--quiet", action="store_true", help="show no progress bars")
 
@@ -197,8 +211,6 @@ def _add_landscape(parser: argparse.ArgumentParser, *, steps: int, margin: float
 
 def _line(arguments: argparse.Namespace) -> None:
     result = _measure(arguments, line, {})
-    if result is None:
-        return
     found = {
         name: barriers(result, name, larger_is_better="reward" in name, seed=arguments.seed)
         for name, values in result.values.items()
@@ -212,13 +224,10 @@ def _line(arguments: argparse.Namespace) -> None:
         [*shown, tables.of_barriers(found)] if found else shown,
         {_file_name(name): partial(plots.plot_line, result, name) for name in result.values},
     )
-    _unfinished(arguments).unlink(missing_ok=True)
 
 
 def _plane(arguments: argparse.Namespace) -> None:
     result = _measure(arguments, plane, {"mark": read_checkpoints(arguments.mark)})
-    if result is None:
-        return
     figures = {_file_name(name): partial(plots.plot_plane, result, name) for name in result.values}
     surfaces = {f"{_file_name(name)}-surface": partial(plots.plot_surface, result, name) for name in result.values}
     _publish(
@@ -228,11 +237,10 @@ def _plane(arguments: argparse.Namespace) -> None:
         [tables.of_checkpoints(result), tables.of_extremes(result)],
         figures | surfaces,
     )
-    _unfinished(arguments).unlink(missing_ok=True)
 
 
 def _measure(arguments: argparse.Namespace, measure: Callable[..., Any], further: Mapping[str, Any]) -> Any:
-    """The line or plane that is asked for; None in all processes but the one that writes."""
+    """The line or plane that is asked for, once all is checked that can be before models are loaded."""
     require_new(arguments.output)
     save = _unfinished(arguments)
     if save.exists() and not arguments.resume:
@@ -252,7 +260,7 @@ def _measure(arguments: argparse.Namespace, measure: Callable[..., Any], further
         temperature=arguments.temperature,
         seed=arguments.seed,
     )
-    result = measure(
+    return measure(
         checkpoints,
         found,
         steps=arguments.steps,
@@ -263,7 +271,6 @@ def _measure(arguments: argparse.Namespace, measure: Callable[..., Any], further
         progress=not arguments.quiet,
         **further,
     )
-    return result if os.environ.get("RANK", "0") == "0" else None
 
 
 def _kl(arguments: argparse.Namespace) -> None:
@@ -461,7 +468,9 @@ def _publish(
     shown: Sequence[Table | str],
     figures: Mapping[str, Callable[[], Any]],
 ) -> None:
-    """Write the output folder in one step, and show its tables."""
+    """Write the output folder in one step, and show its tables; of several processes, one does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     with publishing(arguments.output) as folder:
         for name, result in results.items():
             result.save(folder / f"{name}.npz")
@@ -470,6 +479,8 @@ def _publish(
         replace_text(folder / "tables.md", "\n\n".join(parts) + "\n")
         for name, draw in figures.items():
             plots.save(draw(), folder / name, close=True)
+    if "resume" in arguments:
+        _unfinished(arguments).unlink()
     print("\n\n".join(part if isinstance(part, str) else part.text() for part in shown))
     print(f"\n→ {arguments.output}")
 

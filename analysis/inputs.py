@@ -16,8 +16,6 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from analysis import metrics
 from analysis.exploration import policy_of
 from analysis.metrics import Metric
@@ -27,8 +25,8 @@ from rlhf.reference import load_model_reference
 from rlhf.rewards import Reward, load_reward
 
 REWARDS = ("proxy_reward", "gold_reward")
-# A name before "=": what has a slash, a dot or a plus is the start of a path that contains "=".
-_NAMED = re.compile(r"([\w -]+)=(.+)")
+# A name before "=": what has a slash or a plus is the start of a path that contains "=".
+_NAMED = re.compile(r"([\w. -]+)=(.+)")
 METRICS_HELP = "loss=FILE, proxy_reward=REWARD, gold_reward=REWARD, reward/NAME=REWARD, kl=CKPT, kl/NAME=CKPT, entropy"
 
 
@@ -36,7 +34,7 @@ def named_texts(texts: Sequence[str], what: str) -> dict[str, str]:
     """{name: folder} of ``[NAME=]FOLDER`` texts, by default named by the folder's last part."""
     named: dict[str, str] = {}
     for text in texts:
-        match = _NAMED.fullmatch(text)
+        match = None if Path(text).exists() else _NAMED.fullmatch(text)
         name, folder = match.groups() if match else (Path(text).resolve().name, text)
         if name in named:
             raise ValueError(f"{text}: a second {what} called {name!r}; give it another name, NAME={folder}")
@@ -92,6 +90,7 @@ def read_metrics(
     prompts: Sequence[Any] | None,
     *,
     device: str,
+    batch_size: int,
     keep_examples: bool,
     **sampling: Any,
 ) -> dict[str, Metric]:
@@ -101,6 +100,7 @@ def read_metrics(
     :func:`analysis.metrics.sampled`. Raises ValueError for a metric that is unknown or lacks prompts.
     """
     tokenizer = load_tokenizer(checkpoint)
+    make_loss = metrics.loss_per_example if keep_examples else metrics.loss
     found: dict[str, Metric] = {}
     rewards: dict[str, str] = {}
     references: dict[str, str] = {}
@@ -109,7 +109,7 @@ def read_metrics(
         name, _, value = text.partition("=")
         kind, _, own = name.partition("/")
         if kind == "loss" and value:
-            _enter(found, name, _loss(value, tokenizer, keep_examples))
+            _enter(found, name, make_loss(load_examples(value, tokenizer), tokenizer, batch_size=batch_size))
             continue
         by_samples.append(text)
         if (name in REWARDS or (kind == "reward" and own)) and value:
@@ -128,14 +128,10 @@ def read_metrics(
             tokenizer,
             rewards=read_rewards(rewards, checkpoint, device),
             references={name: load_model_reference([folder], device=device) for name, folder in references.items()},
+            batch_size=batch_size,
             **sampling,
         )
     return found
-
-
-def _loss(file: str, tokenizer: PreTrainedTokenizerBase, keep_examples: bool) -> Metric:
-    make = metrics.loss_per_example if keep_examples else metrics.loss
-    return make(load_examples(file, tokenizer), tokenizer)
 
 
 def _enter(named: dict[str, Any], name: str, value: Any) -> None:

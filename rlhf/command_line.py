@@ -131,6 +131,10 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

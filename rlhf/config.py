@@ -138,9 +138,11 @@ class PPOConfig:
     lora_rank: int = setting(
         0,
         "0: all weights are trained. Else LoRA adapters of this rank are, in the policy and in a separate value model "
-        "(needs peft); a policy BASE+ADAPTER goes on with its own.",
+        "(needs peft). With its adapter's rank, a policy BASE+ADAPTER goes on with that; with 0 it is folded in.",
     )
-    lora_alpha: float = setting(32.0, "An adapter's product is scaled by lora_alpha / lora_rank.")
+    lora_alpha: float | None = setting(
+        None, "An adapter's product is scaled by lora_alpha / lora_rank. Default: 32 for a new one."
+    )
     lora_targets: list[str] = setting(
         [], "Layers with an adapter, e.g. q_proj v_proj. Default: all linear ones but the head."
     )
@@ -190,6 +192,8 @@ class PPOConfig:
                 f"kl_control={self.kl_control}, kl_target={self.kl_target}: give a target in nats per response, and "
                 "adaptive or target as its control; or neither"
             )
+        if not self.lora_rank and (self.lora_alpha is not None or self.lora_targets):
+            raise ValueError("lora_alpha and lora_targets change nothing without adapters; give lora_rank too")
         if self.lora_rank and self.reference_kind == "moving_average":
             raise ValueError(
                 "lora_rank with reference_kind=moving_average: a policy with adapters is not averaged; use "
@@ -203,12 +207,11 @@ class PPOConfig:
             "updates", "batch_size", "ppo_epochs", "minibatch_size", "max_new_tokens", "temperature", "kl_horizon",
             "kl_gain", "clip_range", "clip_range_value", "learning_rate", "value_learning_rate", "adam_eps",
             "max_grad_norm", "eval_episodes", "keep", "reference_every", "value_coef", "max_ratio", "max_skipped",
-            "lora_alpha",
         )  # fmt: skip
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: must be greater than 0 and finite")
-        for name in ("kl_target", "early_stop_kl", "reward_clip"):
+        for name in ("kl_target", "early_stop_kl", "reward_clip", "lora_alpha"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: must be greater than 0 and finite")
         for name in ("batch_size", "eval_episodes"):

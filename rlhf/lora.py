@@ -26,18 +26,21 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
+DEFAULT_ALPHA = 32.0
+
+
 @dataclass(frozen=True)
 class LoraSettings:
     """What adapters to add.
 
     rank     r
-    alpha    α; an adapter's product is scaled by α/r
+    alpha    α; an adapter's product is scaled by α/r; 32 where None is given
     targets  names of linear layers, as they end: ("q_proj", "v_proj"); empty for all but the head
     seed     of A
     """
 
     rank: int
-    alpha: float
+    alpha: float | None = None
     targets: Sequence[str] = ()
     seed: int = 0
 
@@ -47,7 +50,7 @@ def load_with_adapter(
 ) -> PreTrainedModel:
     """A language model with an adapter to train: that of BASE+ADAPTER, and else a new one.
 
-    Raises ValueError where peft is not installed, or the adapter that is there has another rank.
+    Raises ValueError where peft is not installed, or the adapter that is there is of other settings.
     """
     require_peft()
     parts = base_and_adapter(folder)
@@ -64,6 +67,10 @@ def load_with_adapter(
     if config.r != settings.rank:
         raise ValueError(
             f"lora_rank={settings.rank}: the adapter of {folder} has rank {config.r} and is trained on; give that"
+        )
+    if settings.alpha not in (None, config.lora_alpha) or settings.targets:
+        raise ValueError(
+            f"lora_alpha and lora_targets are those of the adapter of {folder}, which is trained on; leave them out"
         )
     weights = {name.removeprefix(PREFIX): weight for name, weight in load_peft_weights(adapter, device="cpu").items()}
     others = [name for name in weights if ".lora_" not in name]
@@ -90,7 +97,7 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings) -> None:
     targets = list(settings.targets or layers)
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_alpha=DEFAULT_ALPHA if settings.alpha is None else settings.alpha,  # type: ignore[arg-type]
         target_modules=targets,
         fan_in_fan_out=any(layers[target] is Conv1D for target in targets),
     )

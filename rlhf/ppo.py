@@ -531,6 +531,13 @@ def train(config: PPOConfig) -> dict[str, Any]:
     def reached(update: int) -> Progress:
         return Progress(update, progress.seconds + time.perf_counter() - started, progress.before)
 
+    def keep(error: Exception, update: int) -> None:
+        """Save a run that an error ends, and tell; what one process raises alone, none puts shards together for."""
+        if isinstance(error, RewardError) or not processes.shards:
+            folder.save(reached(update), run)
+            if processes.is_main:
+                print(f"saved after update {update}; go on with --output {folder.path} --resume", file=sys.stderr)
+
     done = progress.update
     updates = range(done + 1, config.updates + 1)
     with (
@@ -543,9 +550,7 @@ def train(config: PPOConfig) -> dict[str, Any]:
             except DivergedError:  # in the middle of an update: the checkpoints there are stay the last
                 raise
             except (RewardError, ValueError) as error:
-                # What one process alone raises, the others do not come to put shards together for.
-                if isinstance(error, RewardError) or not processes.shards:
-                    folder.save(reached(done), run)
+                keep(error, done)
                 raise
             done = update
             folder.log({"update": update, "episodes": update * config.batch_size, **metrics})
@@ -561,7 +566,11 @@ def train(config: PPOConfig) -> dict[str, Any]:
                     print(f"stopped after update {update}; go on with --output {folder.path} --resume", file=sys.stderr)
                 raise SystemExit(128 + signal.SIGTERM)
 
-    after, rollout, scores = evaluate_policy(run, "after")
+    try:
+        after, rollout, scores = evaluate_policy(run, "after")
+    except (RewardError, ValueError) as error:
+        keep(error, config.updates)
+        raise
     summary = summarise(
         progress.before,
         after,
@@ -601,6 +610,8 @@ def one_update(run: Run, update: int) -> tuple[dict[str, float], Rollout, Scores
 def resumed_config(given: PPOConfig, argv: Sequence[str] | None) -> PPOConfig:
     """The settings that the run in ``given.output`` started with; ValueError when the command line has others."""
     path = Path(str(given.output)) / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{given.output}: no run to resume (no config.yaml); start it without --resume")
     settings = read_settings(path)
     started = parse_config(PPOConfig, ["--output", str(given.output), "--resume"], description="", defaults=settings)
     asked = parse_config(PPOConfig, argv, description="", defaults=settings)

@@ -18,7 +18,13 @@ INTRODUCTION = """\
 
 Made from the code by `python -m rlhf.ppo_page`. A setting is a flag of `python -m rlhf.ppo` (`--kl_coef 0.1`; lists
 take several values), a line of the YAML file given to `--config` (`kl_coef: 0.1`), and a field of
-`rlhf.config.PPOConfig`; flags override the file. A run folder's `config.yaml` holds them all.\
+`rlhf.config.PPOConfig`; flags override the file. A run folder's `config.yaml` holds them all, and a resumed run keeps
+them.
+
+Without `--policy` the built-in task runs, with values of its own for some settings (`rlhf/reviews/recipe.py`: 60
+updates, learning rates 5e-4 and 1e-3, 32 tokens, 1,024 evaluation episodes); it is made once and kept in
+`$SOUPKIT_CACHE`, or `~/.cache/soupkit`. SIGTERM ends a run after the update at hand, saved; Ctrl-C at once, with the
+last checkpoint to go on from.\
 """
 METRICS_TEXT = """\
 NAME stands for the short name of a reward or model: the last part of its path, and more of it where two would be alike.

@@ -33,6 +33,7 @@ from rlhf.randomness import generator
 from rlhf.reference import ModelReference, Reference, ReferenceSettings, folders_in, load_model_reference, names_of
 from rlhf.rewards import Reward, load_reward, name_rewards
 from rlhf.scoring import Standardisation, weigh
+from soupkit.checkpoint import base_and_adapter
 
 MODEL = "model."  # where the weights of a policy's model are among the policy's
 
@@ -134,6 +135,8 @@ class Run:
 
 def reference_settings(config: PPOConfig) -> ReferenceSettings:
     """The reference that a configuration asks for: the policy's own folder where none is named."""
+    if config.reference_device is not None:
+        require_device(config.reference_device)
     return ReferenceSettings(
         kind=config.reference_kind,
         models=config.reference or [str(config.policy)],
@@ -146,6 +149,17 @@ def reference_settings(config: PPOConfig) -> ReferenceSettings:
     )
 
 
+def require_device(name: str) -> None:
+    """Raise ValueError unless a tensor can be put on the device."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"reference_device={name}: cannot be used here ({reason}); leave it out, or name another"
+        ) from None
+
+
 def set_up(config: PPOConfig, processes: Processes | None = None) -> Run:
     """Check and load everything a run needs; ValueError or FileNotFoundError names what does not fit."""
     policy_folder = config.policy
@@ -154,6 +168,8 @@ def set_up(config: PPOConfig, processes: Processes | None = None) -> Run:
             "--policy, --reward and --prompts belong together: give all three, or only --reward for the built-in task"
         )
     processes = processes or Processes()
+    if config.engine == "graph" and processes.device.type != "cuda":
+        raise ValueError(f"engine=graph: needs a GPU, and this is a {processes.device.type}; use engine=decode")
     require_even_shares(config, processes.number)
     settings = reference_settings(config)
     named = [*config.reference, *config.track_kl]
@@ -219,6 +235,12 @@ def lora_settings(config: PPOConfig) -> LoraSettings:
 def load_policy(config: PPOConfig, device: torch.device) -> PreTrainedModel:
     """The model that PPO starts from; with LoRA, frozen but for its adapter."""
     assert config.policy is not None
+    if base_and_adapter(config.policy) and not config.lora_rank:
+        print(
+            f"note: the adapter of {config.policy} is folded in, and all weights are trained; its rank as --lora_rank "
+            "goes on with it",
+            file=sys.stderr,
+        )
     if config.lora_rank:
         return load_with_adapter(config.policy, lora_settings(config), device=device)
     return load_causal_lm(config.policy, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import rlhf.ppo
 import soupkit
 from analysis import Hessian, IdealFrontier, KLGeometry, KLMatrix, Line, Plane, RewardKLFrontier
 from analysis.__main__ import main
+from analysis.inputs import read_checkpoints
 from analysis.metrics import measure
 from rlhf.command_line import run_command
 
@@ -71,6 +73,18 @@ def pictures(*names: str) -> set[str]:
     return {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
 
 
+def test_names_stand_before_folders_but_a_folder_may_have_an_equals_sign(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("lr=0.1", "run/policy"):
+        shutil.copytree(checkpoints["first"], folder)
+    found = read_checkpoints([str(checkpoints["first"]), "my.v2=lr=0.1", "lr=0.1", "run"])
+    assert found == {
+        "first": str(checkpoints["first"]), "my.v2": "lr=0.1", "lr=0.1": "lr=0.1", "run": "run/policy",
+    }  # fmt: skip
+
+
 def test_line_measures_draws_and_tabulates(
     checkpoints: dict[str, Path], data: Path, prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,8 +136,9 @@ def test_plane_marks_a_soup_and_goes_on_after_an_interrupt(
 
     with monkeypatch.context() as patch:
         patch.setattr(analysis.points, "measure", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             run(*command, tmp_path / "cut")
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted: go on with --resume"
     assert not (tmp_path / "cut").exists()
     unfinished = tmp_path / "cut.unfinished.npz"
     assert Plane.load(unfinished).measurements.done.sum() == 3
@@ -169,7 +184,7 @@ def test_frontier_of_references(checkpoints: dict[str, Path], prompt_file: Path,
     assert own.names == ["proxy_reward", "gold_reward", "kl/reference", "kl/first"]
     np.testing.assert_allclose(own["kl/first"].estimate, own["kl/reference"].estimate, atol=1e-4)
     text = (tmp_path / "ideal" / "tables.md").read_text(encoding="utf-8")
-    assert "gold_reward at equal kl/reference" in text
+    assert text.count("gold_reward at equal kl/reference") == 1  # on the other axis they have no KL in common
     assert "| second − first |" in text
     assert pictures("gold_reward-kl-to-first", "gold_reward-kl-to-own", "second-best-of-n") <= files_of(
         tmp_path / "ideal"

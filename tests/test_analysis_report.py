@@ -15,7 +15,7 @@ import yaml
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis.bootstrap import Interval
-from analysis.report import group_runs, kl_axis, page, read_runs, write_report
+from analysis.report import Section, as_html, group_runs, kl_axis, page, read_runs, write_report
 from analysis.tables import Table, or_reason, to_json, with_error, with_limits
 from rlhf.metrics import Estimate
 
@@ -230,6 +230,13 @@ def test_markdown_tables_align_and_escape() -> None:
     table = Table("Title", ["name", "value"], [["a|b<c>", "1"]])
     assert table.markdown() == "### Title\n\n| name | value |\n| --- | ---: |\n| a\\|b&lt;c&gt; | 1 |"
     assert table.text().splitlines() == ["Title", "", "name    value", "a|b<c>      1"]
+
+
+def test_every_cell_of_a_page_is_escaped() -> None:
+    text = as_html("<title>", [Section("<section>", ["<text>", Table("<table>", ["<a>", "<b>"], [["<c>", "<d>"]])])])
+    for cell in ("title", "section", "text", "table", "a", "b", "c", "d"):
+        assert f"&lt;{cell}&gt;" in text, cell
+    assert not {"section", "text", "b", "c", "d"} & set(Reader(text).tags)
 
 
 def test_a_table_that_cannot_be_made_says_why() -> None:

@@ -228,6 +228,35 @@ def test_the_other_stages_refuse(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"engine": "graph"}, "engine=graph: needs a GPU, and this is a cpu; use engine=decode"),
+        (
+            {"reference_device": "foo"},
+            r"reference_device=foo: cannot be used here \(.+\); leave it out, or name another",
+        ),
+    ],
+)
+def test_devices_that_are_not_there(
+    settings: dict[str, str],
+    message: str,
+    checkpoints: dict[str, Path],
+    prompt_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ppo_arguments(checkpoints, prompt_file, tmp_path / "run", **settings)
+    assert run_command(ppo.main, arguments) == 2
+    assert re.search(message, error_line(capsys))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_not_there_cannot_be_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(ppo.main, ["--output", str(tmp_path), "--resume"]) == 2
+    assert "no run to resume (no config.yaml); start it without --resume" in error_line(capsys)
+
+
 def test_the_command_exits_with_status_two_and_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,7 +108,7 @@ def test_the_folders_of_a_run_are_one_model(trained: Path, checkpoints: dict[str
     assert not torch.allclose(whole, logits(load_causal_lm(base)), atol=1e-3)
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), trained / "adapter")
     torch.testing.assert_close(logits(loaded), whole, rtol=1e-4, atol=1e-5)
-    continued = load_with_adapter(f"{base}+{trained / 'adapter'}", LoraSettings(RANK, 1.0))
+    continued = load_with_adapter(f"{base}+{trained / 'adapter'}", LoraSettings(RANK))
     torch.testing.assert_close(logits(continued), whole, rtol=1e-4, atol=1e-5)
     assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in continued.named_parameters())
 
@@ -189,12 +189,18 @@ def test_what_no_adapter_can_be_made_of_or_gone_on_with(
 
     with pytest.raises(ValueError, match="lora_rank with reference_kind=moving_average: a policy with adapters is not"):
         PPOConfig(lora_rank=4, reference_kind="moving_average")
+    for others in ({"alpha": 1.0}, {"targets": ("q_proj",)}):
+        with pytest.raises(ValueError, match="lora_alpha and lora_targets are those of the adapter of"):
+            load_with_adapter(f"{base}+{adapter}", LoraSettings(RANK, **others))
+    for setting in ({"lora_alpha": 3.0}, {"lora_targets": ["q_proj"]}):
+        with pytest.raises(ValueError, match="change nothing without adapters; give lora_rank too"):
+            PPOConfig(**setting)
     dora = tmp_path / "dora"
     dora.mkdir()
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     (dora / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}), encoding="utf-8")
     with pytest.raises(ValueError, match="uses use_dora, which is not supported"):
-        load_with_adapter(f"{base}+{dora}", LoraSettings(RANK, ALPHA))
+        load_with_adapter(f"{base}+{dora}", LoraSettings(RANK))
 
     more = tmp_path / "more"
     more.mkdir()
@@ -202,7 +208,7 @@ def test_what_no_adapter_can_be_made_of_or_gone_on_with(
     tensors = load_file(adapter / "adapter_model.safetensors")
     save_file(tensors | {"base_model.model.lm_head.weight": torch.zeros(2, 2)}, more / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"holds more than LoRA matrices for .*fold it into its base"):
-        load_with_adapter(f"{base}+{more}", LoraSettings(RANK, ALPHA))
+        load_with_adapter(f"{base}+{more}", LoraSettings(RANK))
 
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(ValueError, match=re.escape("lora_rank: peft is not installed; pip install peft, or set")):

@@ -235,6 +235,29 @@ def test_a_reward_that_raises_leaves_the_last_update_saved(
     assert_same_run(run, unbroken)
 
 
+def test_a_reward_that_raises_in_the_last_evaluation_loses_no_update(
+    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unbroken, run = tmp_path / "unbroken", tmp_path / "run"
+    ppo.main(arguments(unbroken))
+    with monkeypatch.context() as patched:
+        patched.setattr(helpers, "share_of_a", broken_at(7))  # after the probe, an evaluation and four updates
+        with pytest.raises(RewardError):
+            ppo.main(arguments(run))
+    assert f"saved after update 4; go on with --output {run} --resume" in capsys.readouterr().err
+    assert checkpoints_of(run) == ["update-000004"]
+    ppo.main(arguments(run))
+    assert_same_run(run, unbroken)
+
+
+def test_ctrl_c_is_no_traceback(arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(argv: object) -> None:
+        raise KeyboardInterrupt
+
+    assert run_command(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def full_disk(*args: Any, **kwargs: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
