@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,7 @@ from transformers import PreTrainedModel
 
 from analysis.differentiation import differentiable, response_logits
 from analysis.metrics import ResponseLoss
-from analysis.results import load_npz, save_npz
+from analysis.results import Saved
 from analysis.weights import moving_parameters
 from rlhf.data import batch_examples
 from rlhf.metrics import Estimate, mean_estimate
@@ -46,7 +45,7 @@ Loss = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
-class Hessian:
+class Hessian(Saved):
     """The spectrum of a Hessian. K eigenvalues; S probes of m Lanczos steps; P parameters.
 
     eigenvalues    [K]     descending: ``num_largest`` from the top of the spectrum, then the others from its bottom;
@@ -117,15 +116,6 @@ class Hessian:
         if len(self.trace_samples):
             lines.append(f"{self.trace.mean:14.6g}  trace, ± {self.trace.stderr:.2g}")
         return "\n".join(lines)
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a ``.npz`` file."""
-        return save_npz(path, "hessian", vars(self))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Hessian:
-        """Read what :meth:`save` wrote."""
-        return cls(**load_npz(path, "hessian"))
 
 
 def hessian(

@@ -6,8 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from analysis.results import load_npz, save_npz
+from analysis.results import Saved
 from analysis.weights import named_sources
 from rlhf.data import Prompt
 from rlhf.evaluation import compare
@@ -31,7 +30,7 @@ Models = Mapping[str, str | os.PathLike[str] | PreTrainedModel] | Sequence[str |
 
 
 @dataclass(frozen=True)
-class KLMatrix:
+class KLMatrix(Saved):
     """KL(row ‖ column) between N models, in nats per response; 0 on the diagonal.
 
     names     N names, of rows and columns alike
@@ -39,8 +38,6 @@ class KLMatrix:
     stderr    [N, N]  its standard error
     metadata  how it was sampled
     """
-
-    kind: ClassVar[str] = "kl_matrix"
 
     names: list[str]
     mean: np.ndarray
@@ -51,15 +48,6 @@ class KLMatrix:
         """KL(first ‖ second): ``matrix["policy", "soup"]``."""
         index = tuple(self.names.index(name) for name in pair)
         return Estimate(float(self.mean[index]), float(self.stderr[index]))
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a ``.npz`` file."""
-        return save_npz(path, self.kind, vars(self))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what :meth:`save` wrote."""
-        return cls(**load_npz(path, cls.kind))
 
 
 def kl_matrix(

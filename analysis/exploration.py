@@ -42,7 +42,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import soupkit
 from analysis.divergence import load_models
-from analysis.results import load_npz, save_npz
+from analysis.results import Saved
 from rlhf import kl
 from rlhf.data import Prompt, by_length
 from rlhf.decoding import Sampling
@@ -69,7 +69,7 @@ REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
-class Exploration:
+class Exploration(Saved):
     """M models, measured in Q ways (see the module) and placed in weight space; the reference is the first.
 
     names          M names
@@ -112,15 +112,6 @@ class Exploration:
             )
         a, b = self[measure, name], theirs[measure, other]
         return Estimate(a.mean - b.mean, math.hypot(a.stderr, b.stderr))
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a ``.npz`` file."""
-        return save_npz(path, type(self).__name__, vars(self))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Exploration:
-        """Read what :meth:`save` wrote."""
-        return cls(**load_npz(path, cls.__name__))
 
     @staticmethod
     def _index(name: str, names: Sequence[str]) -> int:

@@ -9,10 +9,8 @@ F is never built, nor a diagonal of it (that is :mod:`soupkit.fisher`): along on
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -26,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from analysis import weights as space
 from analysis.differentiation import differentiable, response_logits
 from analysis.divergence import Models, Samples, jackknife, load_models, means_and_errors
-from analysis.results import load_npz, save_npz
+from analysis.results import Saved
 from analysis.weights import named_sources
 from rlhf.data import Prompt, TokenBatch, by_length
 from rlhf.logprobs import unpack
@@ -34,7 +32,7 @@ from rlhf.rollout import Rollout
 
 
 @dataclass(frozen=True)
-class FisherPath:
+class FisherPath(Saved):
     """The Fisher information's quadratic form along the straight path θ(t) = a + tΔ, at G points t from 0 to 1.
 
     names                              of the two ends a and b = a + Δ
@@ -51,15 +49,6 @@ class FisherPath:
     length: float
     length_stderr: float
     metadata: dict[str, Any]
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a ``.npz`` file."""
-        return save_npz(path, "fisher_path", vars(self))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> FisherPath:
-        """Read what :meth:`save` wrote."""
-        return cls(**load_npz(path, "fisher_path"))
 
 
 def fisher_path(

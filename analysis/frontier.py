@@ -23,8 +23,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from analysis.bootstrap import Interval, interval, mean_draws
-from analysis.results import load_npz, save_npz
+from analysis.results import Saved
 from rlhf.data import Prompt
 from rlhf.evaluation import compare
 from rlhf.models import evaluating
@@ -54,7 +53,7 @@ MIN_EFFECTIVE = {"prompts": 20.0, "samples": 50.0}
 
 
 @dataclass(frozen=True)
-class ScoredSamples:
+class ScoredSamples(Saved):
     """n responses of the reference ρ to each of P prompts, scored in Q ways. All there is to know for this module.
 
     names     Q names: ``proxy_reward`` first, the reward r to be optimised; others, such as ``gold_reward``, in their
@@ -93,15 +92,6 @@ class ScoredSamples:
             if not np.isfinite(values).all():
                 raise ValueError(f"{name}: has NaN or infinite values; give finite ones")
         return cls(list(arrays), np.stack(list(arrays.values())), dict(metadata or {}))
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a ``.npz`` file."""
-        return save_npz(path, type(self).__name__, vars(self))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ScoredSamples:
-        """Read what :meth:`save` wrote."""
-        return cls(**load_npz(path, cls.__name__))
 
 
 def score_samples(
@@ -176,7 +166,7 @@ def score_samples(
 
 
 @dataclass(frozen=True)
-class SampledFrontier:
+class SampledFrontier(Saved):
     """C policies that samples of a reference tell of, measured in Q ways; every number a mean over prompts.
 
     names       Q names: ``proxy_reward``, the other rewards, ``kl/reference`` and ``kl/NAME``, nats per response
@@ -235,15 +225,6 @@ class SampledFrontier:
                 for c in range(pairs.shape[2])
             ]
         )
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a ``.npz`` file."""
-        return save_npz(path, type(self).__name__, vars(self))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what :meth:`save` wrote."""
-        return cls(**load_npz(path, cls.__name__))
 
     def _row(self, name: str) -> int:
         if name not in self.names:

@@ -18,8 +18,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import soupkit
 from analysis import weights as space
 from analysis.divergence import KLMatrix, Models, Samples, jackknife, load_models, means_and_errors
-from analysis.results import load_npz, save_npz
+from analysis.results import Saved
 from analysis.weights import named_sources
 from rlhf.data import Prompt
 from rlhf.kl import Comparison
@@ -62,8 +61,6 @@ class KLGeometry(KLMatrix):
 
     identity_error         [N]       the largest |Σ_i w_i KL(π‖π_i) − KL(π‖π̃) + log Z(s_t)| at any prefix of π
     """
-
-    kind: ClassVar[str] = "kl_geometry"
 
     k1: np.ndarray
     k1_stderr: np.ndarray
@@ -222,7 +219,7 @@ def _shares(ingredients: Sequence[str], weights: Sequence[float] | None) -> list
 
 
 @dataclass(frozen=True)
-class SoupMixtureSlope:
+class SoupMixtureSlope(Saved):
     """How fast a soup and the geometric mixture of its ingredients part, at E steps ε. Nats per response.
 
     epsilons                                [E]
@@ -243,15 +240,6 @@ class SoupMixtureSlope:
     ingredient_slope: float
     ingredient_slope_stderr: float
     metadata: dict[str, Any]
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a ``.npz`` file."""
-        return save_npz(path, "soup_mixture_slope", vars(self))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SoupMixtureSlope:
-        """Read what :meth:`save` wrote."""
-        return cls(**load_npz(path, "soup_mixture_slope"))
 
 
 def soup_mixture_slope(

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -70,6 +70,19 @@ class Measurements:
             name: Estimate(float(self.values[row, point]), float(self.stderr[row, point]))
             for row, name in enumerate(self.names)
         }
+
+
+class Saved:
+    """A dataclass that is kept in a ``.npz`` file, under its class's name."""
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a ``.npz`` file."""
+        return save_npz(path, type(self).__name__, vars(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what :meth:`save` wrote."""
+        return cls(**load_npz(path, cls.__name__))
 
 
 def save_npz(path: str | os.PathLike[str], kind: str, fields: Mapping[str, Any]) -> Path:

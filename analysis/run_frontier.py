@@ -21,7 +21,7 @@ from scipy.special import xlogy
 
 from analysis.bootstrap import Interval, bootstrap_mean, interval, resamples
 from analysis.frontier import confidence_ellipse, interpolate_at_kl
-from analysis.results import load_npz, save_npz
+from analysis.results import Saved
 from rlhf.command_line import read_settings
 from rlhf.metrics import read_json_lines
 
@@ -43,7 +43,7 @@ class Points(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RewardKLFrontier:
+class RewardKLFrontier(Saved):
     """N points (KL, reward) of runs in G groups.
 
     names                     G group names
@@ -139,15 +139,6 @@ class RewardKLFrontier:
             return hypervolume(kls, rewards, kl_max, reward_min)
 
         return self._over_seeds(area, group, minus, options)
-
-    def save(self, path: Folder) -> Path:
-        """Write a ``.npz`` file."""
-        return save_npz(path, type(self).__name__, vars(self))
-
-    @classmethod
-    def load(cls, path: Folder) -> RewardKLFrontier:
-        """Read what :meth:`save` wrote."""
-        return cls(**load_npz(path, cls.__name__))
 
     def _rows(self, group: str) -> np.ndarray:
         if group not in self.names:
@@ -295,7 +286,7 @@ FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @dataclass(frozen=True)
-class OveroptimisationFit:
+class OveroptimisationFit(Saved):
     """How a reward that is not optimised follows d = √KL (Gao et al. 2022, arXiv 2210.10760).
 
     best_of_n: R = start + d (α − β d)        rl: R = start + d (α − β log d)
@@ -342,15 +333,6 @@ class OveroptimisationFit:
         """The fitted reward with pointwise limits. [M] → three of [M]"""
         columns = _design(np.asarray(kl, dtype=float), self.form)
         return self._interval(columns @ self.coefficients, self.draws @ columns.T)
-
-    def save(self, path: Folder) -> Path:
-        """Write a ``.npz`` file."""
-        return save_npz(path, type(self).__name__, vars(self))
-
-    @classmethod
-    def load(cls, path: Folder) -> OveroptimisationFit:
-        """Read what :meth:`save` wrote."""
-        return cls(**load_npz(path, cls.__name__))
 
     def _interval(self, estimate: Any, draws: np.ndarray) -> Interval:
         return interval(estimate, draws, num_units=self.num_units, confidence=self.confidence)
