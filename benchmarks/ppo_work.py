@@ -189,7 +189,7 @@ class Meter:
             row | {"seconds": sum(row.values()), "cpu_seconds": cpu}
             for row, cpu in zip(updates, cpu_seconds, strict=True)
         ]
-        peak = max(self.before, resident_bytes("VmHWM"))
+        peak = max(self.before, self.updates, resident_bytes("VmHWM"))  # of which each read is off by some pages
         threads = torch.get_num_threads()
         return {"updates": rows, "threads": threads, "peak_bytes": peak, "update_peak_bytes": self.updates}
 
