@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -76,15 +75,14 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Raises ValueError or OSError for bad input, before long work where it can be known then.
 
-    Interrupted, it says what is left and exits with 130.
+    Raises KeyboardInterrupt, when interrupted, that says what is left.
     """
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
         left = "resume" in arguments and _unfinished(arguments).exists()
-        print(f"interrupted: {'go on with --resume' if left else 'nothing is left'}", file=sys.stderr)
-        sys.exit(130)
+        raise KeyboardInterrupt("go on with --resume" if left else "nothing is left") from None
 
 
 def _parser() -> argparse.ArgumentParser:

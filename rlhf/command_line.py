@@ -131,9 +131,9 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:  # its text, where it has one, says what is left
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("interrupted", file=sys.stderr)
+            print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     return 0
 

@@ -16,31 +16,27 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from rlhf.decoding import Decoded, Sampling, cache_argument
+from rlhf.decoding import Decoded, PreallocatedLayer, Sampling, cache_argument
 from rlhf.logprobs import gather_logprobs, head_of, log_distribution, position_ids
 
 STEPS_BETWEEN_LOOKS = 16  # whether all rows have ended is asked for seldom: the answer has to wait for the GPU
 WARM_UP_STEPS = 2  # libraries set themselves up in their first calls, which must not be captured
 
 
-class FixedLayer(DynamicLayer):
+class FixedLayer(PreallocatedLayer):
     """A layer of the cache with room for all tokens, shown whole; a token goes to the column that a tensor names."""
 
     def __init__(self, capacity: int, column: Tensor) -> None:
-        super().__init__()
-        self.capacity = capacity
+        super().__init__(capacity)
         self.column = column
-        self.storage: list[Tensor] = []  # keys and values, [B, heads, capacity, width] each
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store a prompt's states, which see only each other, or a token's, which see all there is."""
-        states = (key_states, value_states)
         if not self.is_initialized:
-            self.lazy_initialization(*states)
-            self.storage = [new.new_zeros(*new.shape[:2], self.capacity, new.shape[3]) for new in states]
-            for stored, new in zip(self.storage, states, strict=True):
-                stored[:, :, : new.shape[2]] = new
-            return states
+            prompt = super().update(key_states, value_states)
+            for stored in self.storage:
+                stored[:, :, self.length :] = 0.0  # masked columns are read too, and 0 times no number is no number
+            return prompt
         keys, values = self.storage
         keys.index_copy_(2, self.column, key_states)
         values.index_copy_(2, self.column, value_states)

@@ -610,8 +610,6 @@ def one_update(run: Run, update: int) -> tuple[dict[str, float], Rollout, Scores
 def resumed_config(given: PPOConfig, argv: Sequence[str] | None) -> PPOConfig:
     """The settings that the run in ``given.output`` started with; ValueError when the command line has others."""
     path = Path(str(given.output)) / "config.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"{given.output}: no run to resume (no config.yaml); start it without --resume")
     settings = read_settings(path)
     started = parse_config(PPOConfig, ["--output", str(given.output), "--resume"], description="", defaults=settings)
     asked = parse_config(PPOConfig, argv, description="", defaults=settings)
@@ -629,6 +627,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """``python -m rlhf.ppo``."""
     config = parse_config(PPOConfig, argv, description=__doc__)
     if config.resume:
+        RunFolder(config)  # whatever is wrong with the folder is said before its settings are read
         config = resumed_config(config, argv)
     elif config.policy is None and config.prompts is None:
         RunFolder(config)  # whatever is wrong with the command line is said before the task is made
