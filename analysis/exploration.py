@@ -168,7 +168,7 @@ def explore(
                 batch_size=batch_size,
             )
             tokens = _token_measures(model, models[REFERENCE], rollout, top, temperature, batch_size)
-            responses = _response_tokens(rollout, tokenizer.eos_token_id)
+            responses = response_tokens(rollout, tokenizer.eos_token_id)
             estimates.append(_token_estimates(rollout, tokens) | _diversity_estimates(responses, num_responses))
     values, stderr = (
         np.array([[getattr(found[measure], field) for found in estimates] for measure in MEASURES])
@@ -273,7 +273,7 @@ def _token_estimates(rollout: Rollout, tokens: Mapping[str, Tensor]) -> dict[str
 # ── Diversity ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _response_tokens(rollout: Rollout, eos_token_id: int) -> list[list[int]]:
+def response_tokens(rollout: Rollout, eos_token_id: int) -> list[list[int]]:
     kept = rollout.response_mask & (rollout.response_tokens != eos_token_id)
     return [row[keep].tolist() for row, keep in zip(rollout.response_tokens.cpu(), kept.cpu(), strict=True)]
 

@@ -45,7 +45,9 @@ class RewardModelConfig(StageConfig):
     """Settings of ``python -m rlhf.reward_model``."""
 
     model: str = required("Checkpoint folder whose body the reward model starts from.")
-    data: str = required("Pairs: .jsonl with prompt or messages, chosen and rejected, and perhaps margin.")
+    data: list[str] = required(
+        "Pairs: .jsonl with prompt or messages, chosen and rejected, and perhaps margin; several files count as one."
+    )
     margin_coef: float = setting(1.0, "Factor on the margins that pairs carry; 0 leaves them out of the loss.")
     label_smoothing: float = setting(
         0.0, "Share of the labels taken to be wrong: the conservative loss of Mitchell (2023); 0 to below 0.5."
@@ -214,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = StageFolder(config)
     tokenizer = load_tokenizer(config.model)
     max_tokens = min(config.max_tokens, context_length(config.model) or config.max_tokens)
-    pairs = load_pairs(config.data, tokenizer, max_tokens)
+    pairs = config.load(lambda path: load_pairs(path, tokenizer, max_tokens))
     held_out = load_pairs(config.test_data, tokenizer, max_tokens) if config.test_data else []
     processes = DataParallel.launched()
     torch.manual_seed(config.seed)  # the new head is drawn at random

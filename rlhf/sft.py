@@ -39,7 +39,9 @@ from rlhf.training import ALONE, Objective, Optimization, OptimizationConfig, me
 class SFTConfig(StageConfig):
     """Settings of ``python -m rlhf.sft``."""
 
-    data: str = required("Demonstrations: .jsonl with prompt or messages, and response.")
+    data: list[str] = required(
+        "Demonstrations: .jsonl with prompt or messages, and response; several files count as one."
+    )
     train_on_prompts: bool = setting(
         False, "Train on the prompt's tokens, too. Held-out losses are of responses alone."
     )
@@ -101,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = StageFolder(config)
     tokenizer = load_tokenizer(config.model)
     max_tokens = min(config.max_tokens, context_length(config.model) or config.max_tokens)
-    examples = load_examples(config.data, tokenizer, max_tokens)
+    examples = config.load(lambda path: load_examples(path, tokenizer, max_tokens))
     held_out = load_examples(config.test_data, tokenizer, max_tokens) if config.test_data else []
     processes = DataParallel.launched()
     model = load_causal_lm(folder.model_path, device=PartialState().device)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -21,6 +22,7 @@ from rlhf.command_line import read_settings, required, setting
 from rlhf.metrics import read_json_lines, replace_text, write_json, write_json_lines
 from rlhf.training import OptimizationConfig
 
+Item = TypeVar("Item")
 LOGS = ("metrics.jsonl", "timings.jsonl")
 MAY_CHANGE = ("resume", "checkpoint_every")  # settings that a resumed stage may have otherwise
 
@@ -30,7 +32,8 @@ class StageConfig(OptimizationConfig):
     """Settings that the two stages share."""
 
     model: str = required("Checkpoint folder to start from.")
-    data: str = required("Training data, .jsonl.")
+    data: list[str] = required("Training data, .jsonl; several files count as one.")
+    max_examples: int | None = setting(None, "Train on the first so many examples (pairs) of the data alone.")
     test_data: str | None = setting(None, "Held-out data, in the form of --data, measured before and after training.")
     output: str = required("Folder of the trained model, made new; OUTPUT.unfinished until then.")
     max_tokens: int = setting(1024, "Longest prompt and response together; the end of longer responses is cut.")
@@ -52,9 +55,15 @@ class StageConfig(OptimizationConfig):
         for name in ("eval_every", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        if self.max_examples is not None and self.max_examples < 1:
+            raise ValueError(f"max_examples={self.max_examples}: must be at least 1")
         if (self.eval_every or self.keep_best) and self.test_data is None:
             name = "eval_every" if self.eval_every else "keep_best"
             raise ValueError(f"{name}: there is nothing to evaluate on; give held-out data with --test_data FILE")
+
+    def load(self, read: Callable[[str], list[Item]]) -> list[Item]:
+        """The training data, each file read by ``read``."""
+        return [item for path in self.data for item in read(path)][: self.max_examples]
 
 
 class StageFolder:
@@ -107,14 +116,14 @@ class StageFolder:
         for name in LOGS:
             (self.path / name).write_text("", encoding="utf-8")
 
-    def _data_hashes(self) -> dict[str, str]:
+    def _data_hashes(self) -> dict[str, list[str]]:
         """SHA-256 of the data files that are there."""
-        paths = {"data": self.config.data, "test_data": self.config.test_data}
-        given = {name: Path(path) for name, path in paths.items() if path is not None}
+        given = {"data": self.config.data, "test_data": [self.config.test_data] if self.config.test_data else []}
         return {
-            f"{name}_sha256": hashlib.sha256(path.read_bytes()).hexdigest()
-            for name, path in given.items()
-            if path.is_file()
+            f"{name}_sha256": [
+                hashlib.sha256(path.read_bytes()).hexdigest() for path in map(Path, paths) if path.is_file()
+            ]
+            for name, paths in given.items()
         }
 
     def cut_logs(self, step: int) -> None:

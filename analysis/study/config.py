@@ -102,7 +102,8 @@ class Case:
 class Study:
     """The whole. Folders: ``work`` holds draws and runs, and may be deleted; ``results`` the tables and figures.
 
-    stages    {name: a command line without ``python -m`` and ``--output``}, done in this order for every draw
+    stages    {name: a command line without ``python -m`` and ``--output``}, done in this order for every draw; none
+              where all draws have the same models
     models    {name: path}
     ppo       settings of every run, those of ``python -m rlhf.ppo``
     arms      {arm: its further settings}
@@ -111,7 +112,6 @@ class Study:
     work: Path
     results: Path
     draws: Sequence[int]
-    stages: Mapping[str, str]
     models: Mapping[str, str]
     ppo: Mapping[str, Any]
     arms: Mapping[str, Mapping[str, Any]]
@@ -119,6 +119,7 @@ class Study:
     regimes: Mapping[str, Regime]
     measure: Measuring
     compare: Comparison
+    stages: Mapping[str, str] = field(default_factory=dict)
     predict: Prediction | None = None
     page: Path | None = None
 
@@ -177,6 +178,12 @@ class Study:
         measure = filled(asdict(self.measure), self.paths(case.draw, case.regime))
         return self._digest([self.settings(case), self.stages, measure])
 
+    def draw_version(self, draw: int, regime: str) -> str:
+        """The same of what is measured of a draw's models."""
+        paths = self.paths(draw, regime)
+        measure = filled([asdict(self.measure), self.ppo], paths)
+        return self._digest([measure, self.stages, None if self.predict is None else asdict(self.predict)])
+
     def _digest(self, settings: Any) -> str:
         text = json.dumps(settings).replace(json.dumps(str(self.work))[1:-1], "")
         return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -187,7 +194,7 @@ class Study:
                 if item not in known:
                     raise ValueError(f"{source}: {name}: {item!r} is none of {list(known)}{_closest(item, known)}")
 
-        for name in ("draws", "stages", "models", "arms", "kl_coefs", "regimes"):
+        for name in ("draws", "models", "arms", "kl_coefs", "regimes"):
             if not getattr(self, name):
                 raise ValueError(f"{source}: {name}: empty; give at least one")
         if len(set(self.draws)) < len(self.draws):

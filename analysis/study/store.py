@@ -5,7 +5,7 @@ file               a row is                        columns beside its measures
 `runs.csv`         a run, after training           regime, draw, arm, kl_coef (empty without a reference), version
 `models.csv`       a model as it is                regime, draw, model, version; loss, ``start`` is the policy's start
 `predictions.csv`  a point of an ideal frontier    regime, draw, reference, kl_coef, version; effective
-`timings.csv`      what a row of the others took   table, regime, draw, name, kl_coef; seconds, workers, machine
+`timings.csv`      what a row or a stage took      table, regime, draw, name, kl_coef; seconds, workers, machine
 =================  ==============================  =====================================================================
 
 Measures (:mod:`analysis.study.measures`) are of responses to the training prompts, with ``held_out/`` before their name
@@ -46,7 +46,7 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows([[_text(row.get(name, math.nan)) for name in columns] for row in rows])
+    writer.writerows([[cell(row.get(name, math.nan)) for name in columns] for row in rows])
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, text.getvalue())
 
@@ -72,7 +72,8 @@ def _value(name: str, text: str) -> str | float:
     return float(text) if text else math.nan
 
 
-def _text(value: str | float) -> str:
+def cell(value: str | float) -> str:
+    """A value as a table holds it."""
     if isinstance(value, str):
         return value
     return "" if math.isnan(value) else f"{value:.10g}"
