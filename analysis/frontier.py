@@ -5,6 +5,9 @@ self-normalised weights w_i ∝ exp(r_i/β), for every prompt x,
 
     Ẑ = (1/n) Σ_i exp(r_i/β)      E_π*[f] ≈ Σ_i w_i f_i      KL(π*‖ρ) = E_π*[r]/β − log Z      n_eff = 1 / Σ_i w_i²
 
+For the penalty Σ_i w_i KL(π‖ρ_i), a geometric mixture as the reference, samples of ρ serve as well: r_i/β becomes
+r_i/β − Σ_j w_j log ρ/ρ_j in the weights, and the same formula gives Σ_j w_j KL(π*‖ρ_j).
+
 Both estimates are biased by O(1/n). The jackknife over a prompt's samples, n θ − (n−1) · mean_i θ₍₋ᵢ₎, leaves O(1/n²),
 and its terms n θ − (n−1) θ₍₋ᵢ₎ (Tukey's pseudo-values) are what samples are resampled by. Everything is a mean over
 prompts.
@@ -269,6 +272,7 @@ def ideal_frontier(
     prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    mixture: Mapping[str, float] | None = None,
     kl_coefs: Sequence[float] | None = None,
     min_effective: float | None = None,
     over: str = "prompts",
@@ -286,9 +290,11 @@ def ideal_frontier(
         soup.at_kl(2.0, x="kl/sft1", minus=sft1)  # more reward at 2 nats from sft1?
     """
     _require_settings(kl_coefs, over, len(prompts))
+    _require_mixture(mixture, [f"{LOG_RATIO}{name}" for name in sampling.get("others") or {}])
     samples = score_samples(reference, reward, prompts, tokenizer, **sampling)
     return frontier_of_samples(
         samples,
+        mixture=mixture,
         kl_coefs=kl_coefs,
         min_effective=min_effective,
         over=over,
@@ -300,6 +306,7 @@ def ideal_frontier(
 def frontier_of_samples(
     samples: ScoredSamples,
     *,
+    mixture: Mapping[str, float] | None = None,
     kl_coefs: Sequence[float] | None = None,
     min_effective: float | None = None,
     over: str = "prompts",
@@ -308,6 +315,10 @@ def frontier_of_samples(
     seed: int = 0,
 ) -> IdealFrontier:
     """The ideal frontier from scored samples; estimators, their bias and its removal: see the module.
+
+    With ``mixture``, {NAME: w_i} of the samples' ``log_ratio/NAME`` with weights of sum 1, that of the penalty
+    Σ_i w_i KL(π‖ρ_i) instead, which ``kl/reference`` then is; samples of a model between the ρ_i, their soup say, waste
+    the least.
 
     ``kl_coefs`` are β; one whose effective sample size (harmonic mean over prompts, which the first-order bias is
     inversely proportional to) is below ``min_effective`` (20; for ``over="samples"`` 50) is refused by ValueError.
@@ -320,6 +331,7 @@ def frontier_of_samples(
     """
     num_prompts, num_samples = samples.values.shape[1:]
     _require_settings(kl_coefs, over, num_prompts)
+    _require_mixture(mixture, samples.names)
     least = MIN_EFFECTIVE[over] if min_effective is None else min_effective
     coefficients = np.array(_default_kl_coefs(samples.values[0]) if kl_coefs is None else kl_coefs, dtype=float)
     names = _names_along(samples)
@@ -327,7 +339,7 @@ def frontier_of_samples(
     draws = np.full((num_resamples, *means.shape), np.nan)
     effective = np.empty((num_prompts, len(coefficients)))
     for column, beta in enumerate(coefficients):
-        pseudo, effective[:, column] = _tilt(samples, beta)
+        pseudo, effective[:, column] = _tilt(samples, beta, mixture)
         mean_effective = float(harmonic_mean(effective[:, column]))
         if mean_effective >= least:
             means[:, column] = pseudo.mean(axis=(1, 2))
@@ -343,6 +355,7 @@ def frontier_of_samples(
         "min_effective": least,
         "over": over,
         "bootstrap_seed": seed,
+        "mixture": None if mixture is None else dict(mixture),
     }
     return IdealFrontier(
         names=names,
@@ -413,6 +426,17 @@ def _require_settings(kl_coefs: Sequence[float] | None, over: str, num_prompts: 
         raise ValueError(f"kl_coefs={list(kl_coefs)}: must be positive numbers, at least one")
 
 
+def _require_mixture(mixture: Mapping[str, float] | None, names: Sequence[str]) -> None:
+    known = [name.removeprefix(LOG_RATIO) for name in names if name.startswith(LOG_RATIO)]
+    for name in mixture or {}:
+        if name not in known:
+            raise ValueError(
+                f"mixture: no log ratio to {name!r} in the samples, which have {known}; sample with others"
+            )
+    if mixture is not None and not (all(w >= 0 for w in mixture.values()) and math.isclose(sum(mixture.values()), 1)):
+        raise ValueError(f"mixture: weights {dict(mixture)}; must be at least 0 and sum to 1")
+
+
 def _resampled(pseudo: np.ndarray, over: str, num_resamples: int, seed: int) -> np.ndarray:
     """Means of pseudo-values over resampled prompts, or over samples resampled within prompts. [Q, P, n] → [R, Q]"""
     if over == "prompts":
@@ -442,45 +466,54 @@ def _names_along(samples: ScoredSamples) -> list[str]:
     return [*rewards, KL, *others]
 
 
-def _tilt(samples: ScoredSamples, beta: float) -> tuple[np.ndarray, np.ndarray]:
+def _tilt(samples: ScoredSamples, beta: float, mixture: Mapping[str, float] | None) -> tuple[np.ndarray, np.ndarray]:
     """Pseudo-values of all measures under π*_β, and effective samples. → [Q, P, n], [P]
 
     θ₍₋ᵢ₎ comes from sums without sample i: S − s_i, but for the largest weight, beside which the rest may vanish, and
     whose rest is added up by itself.
     """
+    shares = np.array([(mixture or {}).get(name.removeprefix(LOG_RATIO), 0.0) for name in samples.names])
+    shares *= [name.startswith(LOG_RATIO) for name in samples.names]
     # The best sample of every prompt first; the order of samples does not matter otherwise.
-    order = (-samples.values[0]).argsort(axis=1, kind="stable")
+    order = (-_exponents(samples.values, beta, shares)).argsort(axis=1, kind="stable")
     values = np.take_along_axis(samples.values, order[None], axis=2)
     num_samples = values.shape[2]
-    whole, weights = _tilted_means(values, beta)
-    without_best, _ = _tilted_means(values[:, :, 1:], beta)
+    whole, weights = _tilted_means(values, beta, shares)
+    without_best, _ = _tilted_means(values[:, :, 1:], beta, shares)
 
-    best = values[0, :, :1]
+    best = _exponents(values[:, :, :1], beta, shares)
     expectations = whole[:-1, :, None]  # of the Q values themselves, [Q, P, 1]
     rest = 1 - weights[:, 1:]
     others = (expectations - weights[:, 1:] * values[:, :, 1:]) / rest  # [Q, P, n−1]
-    # log Ẑ − max r/β, whole and without one
-    log_z = (expectations[0] - best) / beta - whole[-1][:, None]
+    # log Ẑ − the largest exponent, whole and without one
+    log_z = expectations[0] / beta - best - whole[-1][:, None]
     log_z_others = log_z + np.log(rest * num_samples / (num_samples - 1))
-    kl_others = (others[0] - best) / beta - log_z_others
+    kl_others = others[0] / beta - best - log_z_others
     left_out = np.concatenate([without_best[:, :, None], np.concatenate([others, kl_others[None]])], axis=2)
     pseudo = num_samples * whole[:, :, None] - (num_samples - 1) * left_out
 
     rewards = [row for row, name in enumerate(samples.names) if not name.startswith(LOG_RATIO)]
     ratios = [row for row, name in enumerate(samples.names) if name.startswith(LOG_RATIO)]
     kl = pseudo[-1:]
-    # KL(π*‖other) = KL(π*‖ρ) + E_π*[log ρ − log other]
-    return np.concatenate([pseudo[rewards], kl, kl + pseudo[ratios]]), 1 / (weights**2).sum(axis=1)
+    # KL(π*‖other) = KL(π*‖ρ) + E_π*[log ρ − log other], and KL(π*‖ρ) = Σ_i w_i KL(π*‖ρ_i) − E_π*[Σ_i w_i log ρ/ρ_i]
+    kl_to_sampled = kl - np.tensordot(shares, pseudo[:-1], axes=1)
+    return np.concatenate([pseudo[rewards], kl, kl_to_sampled + pseudo[ratios]]), 1 / (weights**2).sum(axis=1)
 
 
-def _tilted_means(values: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray]:
-    """E_π*[value] of Q values, and KL(π*‖ρ) after them, as plugged in; weights. [Q, P, n] → [Q + 1, P], [P, n]"""
-    best = values[0].max(axis=1, keepdims=True)
-    tilted = np.exp((values[0] - best) / beta)
+def _exponents(values: np.ndarray, beta: float, shares: np.ndarray) -> np.ndarray:
+    """log π*(y)/ρ(y) up to a constant: r/β − Σ_i w_i log ρ(y)/ρ_i(y). [Q, P, n], [Q] → [P, n]"""
+    return values[0] / beta - np.tensordot(shares, values, axes=1)
+
+
+def _tilted_means(values: np.ndarray, beta: float, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """E_π*[value] of Q values, and Σ_i w_i KL(π*‖ρ_i) after them, as plugged in; weights. → [Q + 1, P], [P, n]"""
+    exponents = _exponents(values, beta, shares)
+    best = exponents.max(axis=1, keepdims=True)
+    tilted = np.exp(exponents - best)
     total = tilted.sum(axis=1, keepdims=True)
     weights = tilted / total
     means = (weights * values).sum(axis=2)
-    kl = (means[0] - best[:, 0]) / beta - np.log(total[:, 0] / values.shape[2])
+    kl = means[0] / beta - best[:, 0] - np.log(total[:, 0] / values.shape[2])
     return np.concatenate([means, kl[None]]), weights
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,8 +105,8 @@ def test_the_jackknife_removes_bias() -> None:
     prompts = np.repeat(np.arange(20), 400)
     samples = TABLE.sample(random, prompts, 24)
     truth = TABLE.exact(0.6)[:, prompts].mean(axis=1)
-    plugged_in, _ = module._tilted_means(samples.values, 0.6)  # proxy, gold, log ratio, KL
-    pseudo, _ = module._tilt(samples, 0.6)
+    plugged_in, _ = module._tilted_means(samples.values, 0.6, np.zeros(3))  # proxy, gold, log ratio, KL
+    pseudo, _ = module._tilt(samples, 0.6, None)
     bias = abs(plugged_in.mean(axis=1)[[0, 3]] - truth[[0, 2]])
     left = abs(pseudo.mean(axis=(1, 2))[[0, 2]] - truth[[0, 2]])
     assert (bias > 0.015).all()
@@ -114,31 +115,74 @@ def test_the_jackknife_removes_bias() -> None:
 
 def test_pseudo_values_are_those_of_leaving_each_sample_out() -> None:
     samples = TABLE.sample(np.random.default_rng(4), np.arange(3), 7)
-    for beta in (0.05, 1.0, math.inf):
+    for beta, share in product((0.05, 1.0, math.inf), (0.0, 0.4)):
 
-        def estimates(rewards: np.ndarray, gold: np.ndarray, ratio: np.ndarray, beta: float = beta) -> np.ndarray:
-            weights = np.exp(rewards / beta)
+        def estimates(
+            rewards: np.ndarray, gold: np.ndarray, ratio: np.ndarray, beta: float = beta, share: float = share
+        ) -> np.ndarray:
+            weights = np.exp(rewards / beta - share * ratio)
             log_z = math.log(weights.mean())
             weights /= weights.sum()
-            kl = weights @ rewards / beta - log_z
-            return np.array([weights @ rewards, weights @ gold, kl, kl + weights @ ratio])
+            to_sampled = weights @ (rewards / beta - share * ratio) - log_z
+            to_other = to_sampled + weights @ ratio
+            return np.array([weights @ rewards, weights @ gold, (1 - share) * to_sampled + share * to_other, to_other])
 
-        pseudo, effective = module._tilt(samples, beta)
+        pseudo, effective = module._tilt(samples, beta, {"sft1": share} if share else None)
         for prompt in range(3):
             values = samples.values[:, prompt]
             whole, n = estimates(*values), values.shape[1]
             expected = [n * whole - (n - 1) * estimates(*np.delete(values, i, axis=1)) for i in range(n)]
-            order = np.argsort(-values[0], kind="stable")  # the module's order
+            exponents = values[0] / beta - share * values[2]
+            order = np.argsort(-exponents, kind="stable")  # the module's order
             np.testing.assert_allclose(pseudo[:, prompt], np.array(expected)[order].T, rtol=1e-6, atol=1e-9)
-            weights = np.exp(values[0] / beta)
+            weights = np.exp(exponents)
             assert effective[prompt] == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
 
 
 def test_two_samples_by_hand() -> None:
     # Rewards 0 and ln 3 at β = 1: weights 1/4 and 3/4, Ẑ = 2.
-    means, weights = module._tilted_means(np.array([[[0.0, math.log(3)]], [[8.0, 4.0]]]), 1.0)
+    means, weights = module._tilted_means(np.array([[[0.0, math.log(3)]], [[8.0, 4.0]]]), 1.0, np.zeros(2))
     np.testing.assert_allclose(weights, [[0.25, 0.75]])
     np.testing.assert_allclose(means[:, 0], [0.75 * math.log(3), 5, 0.75 * math.log(3) - math.log(2)])
+
+
+def test_a_mixture_is_reached_from_samples_of_another_model() -> None:
+    """π* ∝ ρ₁^w ρ₂^(1−w) exp(r/β), from samples of ρ₁ with the log ratios to both."""
+    prompts = np.repeat(np.arange(PROMPTS), 2)
+    share, beta = 0.3, 1.0
+    log_policy = (1 - share) * TABLE.log_p + share * TABLE.log_other + TABLE.reward / beta
+    log_policy -= np.log(np.exp(log_policy).sum(axis=1, keepdims=True))
+    policy = np.exp(log_policy)
+    kls = [(policy * (log_policy - log_q)).sum(axis=1) for log_q in (TABLE.log_p, TABLE.log_other)]
+    truth = [
+        (policy * TABLE.reward).sum(axis=1).mean(),
+        (policy * TABLE.gold).sum(axis=1).mean(),
+        ((1 - share) * kls[0] + share * kls[1]).mean(),
+        kls[1].mean(),
+        kls[0].mean(),
+    ]
+    samples = TABLE.sample(np.random.default_rng(2), prompts, 4000)
+    zeros = np.zeros((1, *samples.values.shape[1:]))
+    samples = replace(
+        samples, names=[*samples.names, "log_ratio/itself"], values=np.concatenate([samples.values, zeros])
+    )
+    found = frontier_of_samples(samples, mixture={"sft1": share, "itself": 1 - share}, kl_coefs=[beta], num_resamples=9)
+    np.testing.assert_allclose(found.mean[:, 0], truth, atol=0.02)
+    assert found.names == ["proxy_reward", "gold_reward", "kl/reference", "kl/sft1", "kl/itself"]
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ({"sft2": 1.0}, "mixture: no log ratio to 'sft2' in the samples, which have ['sft1']"),
+        ({"sft1": 0.5}, "weights {'sft1': 0.5}; must be at least 0 and sum to 1"),
+    ],
+)
+def test_a_wrong_mixture_is_named(mixture: dict[str, float], message: str) -> None:
+    samples = TABLE.sample(np.random.default_rng(2), np.arange(4), 8)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        frontier_of_samples(samples, mixture=mixture)
+    assert message in str(error.value)
 
 
 def test_at_infinite_beta_stands_the_reference() -> None:

@@ -31,7 +31,7 @@ WHEN_ASKED_FOR = {
 # What measures rather than trains.
 PURE_PARTS_OF_RLHF = {
     "checkpointing", "command_line", "data", "decoding", "distributed", "evaluation", "figures", "kl", "logprobs",
-    "masking", "metrics", "models", "randomness", "reference", "rewards", "rollout",
+    "masking", "metrics", "models", "processor", "randomness", "reference", "rewards", "rollout",
 }  # fmt: skip
 PLOTTING = set((ROOT / "analysis" / "plots").glob("*.py"))
 

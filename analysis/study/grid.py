@@ -45,6 +45,7 @@ from analysis.study.store import (
     read_table,
     write_table,
 )
+from rlhf import processor
 from rlhf.metrics import replace_text
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
@@ -136,7 +137,7 @@ def run_study(study: Study, cases: Sequence[Case], workers: Workers, *, again: b
             for folder in {study.run_folder(case) for case in missing}:
                 shutil.rmtree(folder, ignore_errors=True)
         jobs = {pool.submit(do_run, study, case): case for case in missing}
-        for case, row, seconds in _done(jobs, "runs"):
+        for _, row, seconds in _done(jobs, "runs"):
             if isinstance(row, str):
                 failed.append(row)
                 continue
@@ -169,7 +170,7 @@ def make_draw(study: Study, draw: int) -> tuple[None, list[Row]]:
 
 
 def measure_models(study: Study, draw: int, regime: str) -> tuple[tuple[list[Row], list[Row]], Row]:
-    """The rows of a draw's models in a regime, and the predictions, from samples of the models alone."""
+    """The rows of a draw's models in a regime; where claims are tested, predictions from samples of the models, too."""
     started = time.perf_counter()
     measures = _measures(study, draw, regime)
     key = {"regime": regime, "draw": draw, "version": study.draw_version(draw, regime)}
@@ -177,7 +178,8 @@ def measure_models(study: Study, draw: int, regime: str) -> tuple[tuple[list[Row
     start = measured[START][1]
     save_npz(study.draw_folder(draw) / f"golds-{regime}.npz", "Golds", _named(start))
     models = [{**key, "model": name, **row} for name, (row, _) in measured.items()]
-    points = [{**key, "reference": name, **row} for name, rows in measures.predictions().items() for row in rows]
+    predictions = measures.predictions() if regime == study.compare.regime else {}
+    points = [{**key, "reference": name, **row} for name, rows in predictions.items() for row in rows]
     seconds = time.perf_counter() - started
     return (models, points), {"table": MODELS, "regime": regime, "draw": draw, "name": "", "seconds": seconds}
 
@@ -241,6 +243,7 @@ def _die_with_parent() -> None:
 
 def _start_worker(threads: int) -> None:
     _die_with_parent()
+    processor.prepare()
     os.environ |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     torch.set_num_threads(threads)
 

@@ -44,7 +44,7 @@ from rlhf.rewards import Reward, load_reward
 from rlhf.rollout import sample
 
 OWN = "reference"  # of the run that is measured
-BATCH = 256  # responses handled at once
+BATCH = 512  # responses handled at once
 
 
 class Measures:
