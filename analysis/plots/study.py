@@ -10,11 +10,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from analysis.plots.style import COLORS, MARKERS, finish, label_of, new_axes
+from analysis.plots.style import COLORS, MARKERS, figure_of, finish, label_of, new_axes
 from analysis.study.effects import OWN_AXIS, Curve, Effect, Foretold, Mixing
 
 MOST_ARMS = 6  # lines that can still be told apart
-DRAW_ALPHA = 0.4  # of the dots that are single draws
+DRAW_ALPHA = 0.5  # of the dots that are single draws
 
 
 def plot_arms(
@@ -52,10 +52,7 @@ def plot_arms(
         options |= {"elinewidth": 1, "capsize": 2, "label": arm}
         ax.errorbar(xs[first:], ys[first:], y_errors[first:], x_errors[first:], **options | style)
         if i == 0:
-            for kl_coef, place in zip(curve.kl_coefs, zip(xs[first:], ys[first:], strict=True), strict=True):
-                ax.annotate(
-                    f"β = {kl_coef:g}", place, (8, -14), textcoords="offset points", color=color, fontsize="small"
-                )
+            _label_coefficients(ax, curve.kl_coefs, xs[first:], ys[first:], color)
     if starts:
         star: dict[str, Any] = {"color": plt.rcParams["text.color"], "markersize": 12, "linestyle": "none", "zorder": 5}
         ax.plot(*np.unique(np.round(starts, 9), axis=0).T, marker="*", label="start", **star)
@@ -95,28 +92,37 @@ def plot_axes(
     return _forest(ax, rows, colors, x_label, style)
 
 
-def plot_mixing(result: Mixing, ax: Axes | None = None, *, y_label: str = "gold − gold at α = 0", **style: Any) -> Axes:
-    """Gold over the weight of the second model in the reference, less that without it: at equal β and at equal KL.
+def plot_mixing(
+    result: Mixing, axes: np.ndarray | None = None, *, quantity: str = "gold − gold at α = 0", **style: Any
+) -> np.ndarray:
+    """Gold over the weight of the second model in the reference, less that without it: at equal KL, and at equal β.
 
-    Bars are 95 % intervals over draws, moved apart a little to be seen. ``style`` goes to ``Axes.errorbar``.
+    Two axes, one above the other, as a laxer leash moves gold by much more than averaging does. Bars are 95 % intervals
+    over draws, faint dots the draws; lines of different β are moved apart a little. ``style`` goes to
+    ``Axes.errorbar``.
     """
-    ax = new_axes(ax, 6.4, 4.2)
+    if axes is None:
+        axes = plt.subplots(2, 1, figsize=(6.4, 6), sharex=True, layout="compressed")[1]
+    above, below = np.ravel(np.asarray(axes, dtype=object))
+    for alpha, found in zip(result.alphas, result.at_kl, strict=True):
+        at = np.full(len(found.values), alpha + 0.02)
+        above.plot(at, found.values, "o", color=COLORS[1], markersize=4, alpha=DRAW_ALPHA, markeredgewidth=0)
     lines = {f"equal β = {kl_coef:g}": effects for kl_coef, effects in result.at_coef.items()}
-    lines[f"equal {_axis_text(result.axis)}"] = result.at_kl
-    # The line at equal KL is the one to read: thick, and in the colour that marks what is primary in other figures.
-    looks = [*zip((COLORS[0], COLORS[2], COLORS[3], COLORS[5]), ("s", "^", "D", "v"), strict=True)]
-    step = 0.018
-    for i, (label, effects) in enumerate(lines.items()):
-        last = i == len(lines) - 1
-        color, marker = (COLORS[1], "o") if last else looks[i % len(looks)]
-        limits = np.array([found.interval for found in effects], dtype=float)
-        at = result.alphas + step * (i - (len(lines) - 1) / 2)
-        options: dict[str, Any] = {"color": color, "marker": marker, "linewidth": 2.4 if last else 1.2, "label": label}
-        options |= {"linestyle": "-" if last else "--", "markersize": 7 if last else 5, "elinewidth": 1.2, "capsize": 2}
-        ax.errorbar(at, limits[:, 0], _bars(limits), **options | style)
-    ax.axhline(0, color=plt.rcParams["text.color"], linewidth=0.8, alpha=0.6)
-    ax.set_xticks(result.alphas, [f"{alpha:g}\n{arm}" for alpha, arm in zip(result.alphas, result.arms, strict=True)])
-    return finish(ax, "α, the weight of the second model in the reference", y_label)
+    kl = f"equal {_axis_text(result.axis)}"
+    _mixing_line(above, result.alphas, result.at_kl, COLORS[1], "o", kl, style)
+    faint = {"linestyle": "--", "linewidth": 1, "markersize": 4}
+    _mixing_line(above, result.alphas - 0.018, result.at_kl_of_both, COLORS[6], "D", f"{kl}, both ways", faint | style)
+    looks = zip(cycle((COLORS[0], COLORS[2], COLORS[3], COLORS[5])), cycle(("s", "^", "D", "v")), strict=False)
+    for i, ((label, effects), (color, marker)) in enumerate(zip(lines.items(), looks, strict=False)):
+        apart = 0.018 * (i - (len(lines) - 1) / 2)
+        _mixing_line(below, result.alphas + apart, effects, color, marker, label, style)
+    for ax in (above, below):
+        ax.axhline(0, color=plt.rcParams["text.color"], linewidth=0.8, alpha=0.6)
+    finish(above, "", quantity)
+    figure_of(above).align_ylabels([above, below])
+    finish(below, "α, the weight of the second model in the reference", quantity)
+    below.set_xticks(result.alphas, [_alpha_text(*pair) for pair in zip(result.alphas, result.arms, strict=True)])
+    return np.array([above, below], dtype=object)
 
 
 def plot_predictions(
@@ -175,6 +181,35 @@ def _forest(
     ax.set_xlabel(x_label)
     ax.grid(axis="x", alpha=0.25)
     return ax
+
+
+def _label_coefficients(ax: Axes, kl_coefs: Sequence[float], xs: np.ndarray, ys: np.ndarray, color: str) -> None:
+    """Write β beside points: above those that lie higher than the one before, where their line does not run."""
+    highest_before = -np.inf
+    for at in xs.argsort():
+        rises = ys[at] > highest_before
+        highest_before = max(highest_before, ys[at])
+        options: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "fontsize": "small", "color": color}
+        ax.annotate(f"β = {kl_coefs[at]:g}", (xs[at], ys[at]), (-8, 6 if rises else -14), **options)
+
+
+def _mixing_line(
+    ax: Axes,
+    alphas: np.ndarray,
+    effects: Sequence[Effect],
+    color: str,
+    marker: str,
+    label: str,
+    style: Mapping[str, Any],
+) -> None:
+    limits = np.array([found.interval for found in effects], dtype=float)
+    options: dict[str, Any] = {"color": color, "marker": marker, "linewidth": 1.4, "label": label, "markersize": 6}
+    ax.errorbar(alphas, limits[:, 0], _bars(limits), **options | {"elinewidth": 1.4, "capsize": 3} | dict(style))
+
+
+def _alpha_text(alpha: float, arm: str) -> str:
+    """α, and the arm's name below, unless that is α itself."""
+    return f"{alpha:g}" if arm.endswith(f"{alpha:g}") and "α" in arm else f"{alpha:g}\n{arm}"
 
 
 def _bars(limits: np.ndarray) -> np.ndarray:

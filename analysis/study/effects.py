@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,9 +97,9 @@ def p_value(values: np.ndarray, threshold: float = 0.0) -> float:
     With F the share of resampled means up to the threshold (above it, where the mean is below): the limit is at
     F = Φ(−√(n/(n−1)) t), so p = 2 P(T > t) of Student's with n − 1 degrees of freedom.
 
-    Where no resample reaches the threshold, no confidence would do, and F is the share of the outermost mean: the
-    bootstrap knows of nothing rarer, so that **p is at most this**. With 20,000 resamples it is 0.008 for eight draws,
-    0.03 for five and 0.3 for three. NaN for fewer than two draws.
+    F counts as no less than one resample, nor than the n⁻ⁿ of drawing one unit n times: the bootstrap knows of nothing
+    rarer, and where no resample reaches the threshold **p is at most what is returned**: 0.008 for eight draws, 0.011
+    for seven, 0.016 for six, 0.05 for five, 0.1 for four. NaN for fewer than two draws.
     """
     known = _known(values)
     n = len(known)
@@ -109,8 +110,8 @@ def p_value(values: np.ndarray, threshold: float = 0.0) -> float:
         return 1.0
     sign = 1 if mean > threshold else -1
     means = np.sort(sign * mean_draws(known, RESAMPLES, 0))
-    share = max(_share_below(means, sign * threshold), np.searchsorted(means, means[0], "right") / len(means))
-    t = -ndtri(min(share, 1)) / math.sqrt(n / (n - 1))
+    share = max(_share_below(means, sign * threshold), 1 / len(means), float(n) ** -n)
+    t = -ndtri(share) / math.sqrt(n / (n - 1))
     return float(min(1.0, 2 * stdtr(n - 1, -t)))
 
 
@@ -176,10 +177,7 @@ class Curve:
         found = np.full(len(kl), np.nan)
         for draw, (target, xs, ys) in enumerate(zip(kl, *self.points(), strict=True)):
             if np.isfinite([target, *xs, *ys]).all():
-                try:
-                    found[draw] = interpolate_at_kl(float(target), xs, ys)
-                except ValueError:  # outside: nothing is extrapolated
-                    continue
+                found[draw] = _at(float(target), xs, ys)
         return found
 
 
@@ -197,10 +195,10 @@ class Outcomes:
 
     def measured(self, arm: str, measure: str, kl_coef: float | None) -> np.ndarray:
         """A measure of an arm's run with a coefficient, which an arm without a reference does not have. [D]"""
-        if len(self.coefficients(arm)) == 0:
+        if not self.coefficients(arm):
             kl_coef = None
-        rows = self.tables.runs
-        return by_draw(rows, self.study.draws, self._column(measure), regime=self.regime, arm=arm, kl_coef=kl_coef)
+        rows = self._runs.get(arm, [])
+        return by_draw(rows, self.study.draws, self._column(measure), kl_coef=kl_coef)
 
     def model(self, model: str, measure: str) -> np.ndarray:
         """A measure of a model as it is, or of ``start``, the policy before training. [D]"""
@@ -227,18 +225,30 @@ class Outcomes:
         )
         return Curve(coefficients, kl, rewards, self._start_kl(arm, axis), self.model(START, reward))
 
-    def equal_kl(self, axis: str) -> np.ndarray:
-        """The KL that rewards are read at: what the baseline reached at the coefficient of the comparison. [D]
+    def equal_kl(self, axis: str, arm: str | None = None) -> np.ndarray:
+        """The KL to read rewards at: what the baseline, or an arm, reached at the coefficient of the comparison. [D]
 
-        On ``kl/reference`` it is to the baseline's own reference, and the others are read at as much KL to theirs.
+        On ``kl/reference`` it is to the arm's own reference, and the others are read at as much KL to theirs.
         """
-        return self.measured(self.study.compare.baseline, axis, self.study.compare.kl_coef)
+        return self.measured(arm or self.study.compare.baseline, axis, self.study.compare.kl_coef)
 
-    def at_equal_kl(self, arm: str, axis: str, reward: str = GOLD) -> np.ndarray:
-        """An arm's reward at :meth:`equal_kl`; NaN for an arm without coefficients, which has no curve. [D]"""
+    def at_equal_kl(self, arm: str, axis: str, reward: str = GOLD, of: str | None = None) -> np.ndarray:
+        """An arm's reward at :meth:`equal_kl`, ``of`` the baseline or another arm. [D]
+
+        NaN for an arm without coefficients, which has no curve.
+        """
         if not self.coefficients(arm):
             return np.full(len(self.study.draws), np.nan)
-        return self.curve(arm, axis, reward).at(self.equal_kl(axis))
+        return self.curve(arm, axis, reward).at(self.equal_kl(axis, of))
+
+    @cached_property
+    def _runs(self) -> dict[str, list[Row]]:
+        """The regime's runs of every arm."""
+        found: dict[str, list[Row]] = {}
+        for row in self.tables.runs:
+            if row["regime"] == self.regime:
+                found.setdefault(str(row["arm"]), []).append(row)
+        return found
 
     def _column(self, measure: str) -> str:
         return measure if measure in OF_TRAINING or measure == "loss" else self.prefix + measure
@@ -279,6 +289,22 @@ def reward_at_kl(
     return effect(values if minus is None else values - outcomes.at_equal_kl(minus, axis, reward))
 
 
+def both_ways(outcomes: Outcomes, arm: str, axis: str, reward: str = GOLD) -> np.ndarray:
+    """An arm's reward less the baseline's, half at the KL that the baseline reached, half at that the arm reached. [D]
+
+    Where reward bends down, a line lies below it but at its points, so that an arm that is read at a point of its own
+    has an advantage over one that is read between two. Here each has it once.
+    """
+    baseline = outcomes.study.compare.baseline
+    return np.mean(
+        [
+            outcomes.at_equal_kl(arm, axis, reward, of) - outcomes.at_equal_kl(baseline, axis, reward, of)
+            for of in (baseline, arm)
+        ],
+        axis=0,
+    )
+
+
 def difference(outcomes: Outcomes, arm: str, minus: str, measure: str, kl_coef: float | None) -> Effect:
     """How much more a measure is for an arm than for another at the same coefficient."""
     return effect(outcomes.measured(arm, measure, kl_coef) - outcomes.measured(minus, measure, kl_coef))
@@ -309,6 +335,14 @@ def overoptimisation(outcomes: Outcomes, arm: str) -> np.ndarray:
         return np.full(len(outcomes.study.draws), np.nan)
     gold = np.column_stack([outcomes.measured(arm, GOLD, kl_coef) for kl_coef in coefficients])
     return gold[:, int(np.argmin(coefficients))] - gold.max(axis=1)  # max is NaN where a run is missing
+
+
+def _at(kl: float, kls: np.ndarray, rewards: np.ndarray) -> float:
+    """Reward at a KL between points; NaN outside them, as nothing is extrapolated. [N], [N]"""
+    try:
+        return interpolate_at_kl(kl, kls, rewards)
+    except ValueError:
+        return math.nan
 
 
 # ── Claims ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -447,9 +481,10 @@ def _measured_model(study: Study, weights: Mapping[str, float] | None, names: Se
 class Mixing:
     """Gold, less that of the baseline (α = 0), over the weight α of the second model in the reference: A arms.
 
-    axis     the KL that is equal in ``at_kl``
-    at_coef  {β: [A] effects at equal β}
-    at_kl    [A] effects
+    axis           the KL that is equal in ``at_kl``
+    at_coef        {β: [A] effects at equal β}
+    at_kl          [A] effects, at the KL of the baseline
+    at_kl_of_both  [A] effects, :func:`both_ways`
     """
 
     axis: str
@@ -457,6 +492,7 @@ class Mixing:
     alphas: np.ndarray
     at_coef: Mapping[float, Sequence[Effect]]
     at_kl: Sequence[Effect]
+    at_kl_of_both: Sequence[Effect]
 
 
 def mixing(outcomes: Outcomes, axis: str) -> Mixing | None:
@@ -475,6 +511,7 @@ def mixing(outcomes: Outcomes, axis: str) -> Mixing | None:
             for kl_coef in outcomes.study.kl_coefs
         },
         [effect(outcomes.at_equal_kl(arm, axis) - base) for arm in weights],
+        [effect(both_ways(outcomes, arm, axis)) for arm in weights],
     )
 
 
@@ -551,12 +588,3 @@ def _frontier(outcomes: Outcomes, reference: str, draw: int, axis: str) -> tuple
     points = np.array(rows, dtype=float).reshape(-1, 2)
     points = points[np.isfinite(points).all(axis=1)]
     return points[:, 0], points[:, 1]
-
-
-def _at(kl: float, kls: np.ndarray, rewards: np.ndarray) -> float:
-    if not math.isfinite(kl):
-        return math.nan
-    try:
-        return interpolate_at_kl(kl, kls, rewards)
-    except ValueError:  # outside: nothing is extrapolated
-        return math.nan

@@ -26,6 +26,7 @@ from analysis.study.effects import (
     Foretold,
     Outcomes,
     Tables,
+    both_ways,
     claims,
     difference,
     effect,
@@ -36,7 +37,7 @@ from analysis.study.effects import (
     overoptimisation,
 )
 from analysis.study.store import HELD_OUT
-from analysis.tables import Table, with_error
+from analysis.tables import Table
 from rlhf.metrics import replace_text
 
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
@@ -52,9 +53,9 @@ def write_page(study: Study, tables: Tables) -> Path:
     """
     folder, page = study.results / "figures", study.page or study.results / "README.md"
     text = f"# Results\n\n{BEGIN}\n{END}\n" if study.page is None else page.read_text(encoding="utf-8")
-    parts = sections(study, tables, figures=Path(os.path.relpath(folder, page.parent)).as_posix())
-    text = replace_between(text, BEGIN, END, "\n\n".join(parts), name=str(page))
-    for section in _sections(study, tables):
+    link, found = Path(os.path.relpath(folder, page.parent)).as_posix(), _sections(study, tables)
+    text = replace_between(text, BEGIN, END, "\n\n".join(_markdown(found, link)), name=str(page))
+    for section in found:
         for block in section.blocks:
             if isinstance(block, Figure):
                 plots.save(block.draw(), folder / block.name, close=True)
@@ -73,8 +74,12 @@ def replace_between(text: str, begin: str, end: str, new: str, *, name: str = "t
 
 def sections(study: Study, tables: Tables, *, figures: str = "figures") -> list[str]:
     """The parts of the page, each a heading with texts, tables and links to the figures in a folder, as Markdown."""
+    return _markdown(_sections(study, tables), figures)
+
+
+def _markdown(found: Sequence[Section], figures: str) -> list[str]:
     parts = []
-    for section in _sections(study, tables):
+    for section in found:
         blocks = [f"### {section.title}"]
         for block in section.blocks:
             if isinstance(block, Table):
@@ -90,8 +95,7 @@ def sections(study: Study, tables: Tables, *, figures: str = "figures") -> list[
 
 def _sections(study: Study, tables: Tables) -> list[Section]:
     outcomes = Outcomes(study, tables, study.compare.regime)
-    found = [
-        _claims(study, tables),
+    of_runs = [
         _equal_kl(outcomes),
         _reached(outcomes),
         _equal_coefficient(outcomes),
@@ -100,9 +104,8 @@ def _sections(study: Study, tables: Tables) -> list[Section]:
         _mixing(outcomes),
         _regimes(study, tables),
         _predictions(study, tables),
-        _models(study, tables),
-        _compute(tables),
     ]
+    found = [_claims(study, tables), *(of_runs if tables.runs else []), _models(study, tables), _compute(tables)]
     return [section for section in found if section is not None]
 
 
@@ -114,7 +117,7 @@ def _claims(study: Study, tables: Tables) -> Section:
     cases = list(study.cases())
     done = {(row["regime"], row["draw"], row["arm"], _beta(row["kl_coef"])) for row in tables.runs}
     num_done = sum((case.regime, case.draw, case.arm, _beta(case.kl_coef)) in done for case in cases)
-    state = "" if num_done == len(cases) else f" **{num_done} of {len(cases)} runs are done; this is no result yet.**"
+    state = "" if num_done == len(cases) else f" **{num_done} of {len(cases)} runs are there; this is no result yet.**"
     intro = (
         f"{compare.treatment} − {compare.baseline} in regime {compare.regime}, one number a draw, paired within it; "
         f"{len(study.draws)} draws.{state} The interval is the 95 % one of each statement alone. The verdict is by p "
@@ -136,9 +139,8 @@ def _claims(study: Study, tables: Tables) -> Section:
         for claim in found
     ]
     header = ["statement", "number", "mean [95 %]", "supported if", "p", "p, Holm", "draws", "verdict"]
-    blocks = [intro, Table("", header, rows, num_left=2)]
-    blocks += ["The numbers themselves, one a draw:", _draws_table(study, found)]
-    return Section("The four statements", blocks)
+    numbers = ["The numbers themselves, one a draw:", _draws_table(study, found)]
+    return Section("The four statements", [intro, Table("", header, rows, num_left=2), *numbers])
 
 
 def _draws_table(study: Study, found: Sequence[Claim]) -> Table:
@@ -159,12 +161,20 @@ def _equal_kl(outcomes: Outcomes) -> Section:
         "that does not reach the KL in a draw has no number there (n draws in brackets where they are not all). "
         f"{EXPLORATORY} (But for {compare.treatment} on the primary axis, which the table above tests.)"
     ]
-    header = ["arm", *(_kl_name(axis) for axis in axes), f"less {compare.treatment}'s, {_kl_name(compare.axis)}"]
+    blocks.append(
+        "A straight line between points lies below gold that bends down, and "
+        f"{compare.baseline} is read at a point of its own, the others between two: that favours {compare.baseline}. "
+        f"*Both ways* is the primary axis again, half at the KL of {compare.baseline} and half at that of the arm, so "
+        "that each is read once at its own point: where this says something else, the line's bend decided."
+    )
+    header = ["arm", *(_kl_name(axis) for axis in axes), f"{_kl_name(compare.axis)}, both ways"]
+    header.append(f"less {compare.treatment}'s, {_kl_name(compare.axis)}")
     for view, name in ((inside, "On training prompts:"), (outside, "On held-out prompts, KL there too:")):
         at = {(arm, axis): view.at_equal_kl(arm, axis) for arm in arms for axis in axes}
         rows = []
         for arm in others:
             cells = [_limits(effect(at[arm, axis] - at[compare.baseline, axis])) for axis in axes]
+            cells.append(_limits(effect(both_ways(view, arm, compare.axis))))
             against = _limits(effect(at[arm, compare.axis] - at[compare.treatment, compare.axis]))
             rows.append([arm, *cells, NONE if arm == compare.treatment else against])
         level = effect(at[compare.baseline, compare.axis])
@@ -178,6 +188,7 @@ def _equal_kl(outcomes: Outcomes) -> Section:
         return Section("Gold at equal KL", blocks)
     of_arms = {arm: effect(_less(inside, arm, compare.axis)) for arm in others}
     of_axes = {axis: effect(_less(inside, compare.treatment, axis)) for axis in axes}
+    of_axes[f"equal {_kl_name(compare.axis)}, both ways"] = effect(both_ways(inside, compare.treatment, compare.axis))
     equal_beta = f"equal β = {compare.kl_coef:g}"
     of_axes[equal_beta] = difference(inside, compare.treatment, compare.baseline, GOLD, compare.kl_coef)
     label = f"gold − gold of {compare.baseline}"
@@ -303,9 +314,10 @@ def _mixing(outcomes: Outcomes) -> Section | None:
     if found is None:
         return None
     others = [i for i, arm in enumerate(found.arms) if arm != compare.baseline]
-    header = ["α", "arm", f"equal {_kl_name(compare.axis)}", *(f"equal β = {kl_coef:g}" for kl_coef in found.at_coef)]
+    kl = f"equal {_kl_name(compare.axis)}"
+    header = ["α", "arm", kl, f"{kl}, both ways", *(f"equal β = {kl_coef:g}" for kl_coef in found.at_coef)]
     rows = [
-        [f"{found.alphas[i]:g}", found.arms[i], _limits(found.at_kl[i])]
+        [f"{found.alphas[i]:g}", found.arms[i], _limits(found.at_kl[i]), _limits(found.at_kl_of_both[i])]
         + [_limits(effects[i]) for effects in found.at_coef.values()]
         for i in others
     ]
@@ -317,8 +329,8 @@ def _mixing(outcomes: Outcomes) -> Section | None:
     blocks: list[str | Table | Figure] = [intro, Table("", header, rows, num_left=2)]
     if any(value.used for value in found.at_kl):
         caption = (
-            f"*Gold over the mixing weight of the reference, less that of α = 0: at equal {_kl_name(compare.axis)} "
-            "(thick) and at equal β (dashed). Bars are 95 % intervals over draws.*"
+            f"*Gold over the mixing weight of the reference, less that of α = 0. Above: at {kl}; "
+            "faint dots are draws. Below: at equal β, where a laxer leash acts too. Bars are 95 % intervals.*"
         )
         blocks.append(Figure("mixing", caption, partial(plots.plot_mixing, found)))
     return Section("How much of the second model", blocks)
@@ -457,7 +469,7 @@ def _means_table(outcomes: Outcomes, columns: Sequence[tuple[str, Outcomes, str]
     """Mean ± standard error of measures: the start, then every arm and β."""
     rows = [[f"({START})", NONE, *(_mean(effect(view.model(START, measure))) for _, view, measure in columns)]]
     for arm in outcomes.arms():
-        for kl_coef in outcomes.coefficients(arm) or [None]:
+        for kl_coef in outcomes.study.coefficients(arm):
             cells = [_mean(effect(view.measured(arm, measure, kl_coef))) for _, view, measure in columns]
             rows.append([arm, NONE if kl_coef is None else f"{kl_coef:g}", *cells])
     return Table("", ["arm", "β", *(name for name, _, _ in columns)], rows, num_left=2)
@@ -496,21 +508,31 @@ def _kl_name(axis: str) -> str:
 
 
 def _mean(found: Effect) -> str:
-    """``1.23 ± 0.04``"""
-    return with_error(found.interval.estimate, found.stderr) if found.used else NONE
+    """``1.23 ± 0.04``, with the decimals that show two digits of the error, but no more than three."""
+    if not found.used:
+        return NONE
+    mean, error = float(found.interval.estimate), found.stderr
+    if not math.isfinite(error):
+        return _plain(mean)
+    decimals = _decimals(error)
+    return f"{mean:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def _limits(found: Effect, show_used: bool = True) -> str:
-    """``+0.12 [+0.03, +0.21]``, with the decimals that show two digits of half its width; ``(7)`` draws if not all."""
+    """``+0.12 [+0.03, +0.21]``, decimals by half its width; ``(7)`` draws if not all."""
     estimate, low, high = map(float, found.interval)
     if not found.used:
         return NONE
     used = f" ({found.used})" if show_used and found.left_out else ""
-    half = (high - low) / 2
-    if not half > 0:  # one draw, or draws that are all the same
+    if not math.isfinite(low):
         return _signed(estimate, 3) + used
-    decimals = max(0, 1 - math.floor(math.log10(half)))
+    decimals = _decimals((high - low) / 2)
     return f"{_signed(estimate, decimals)} [{_signed(low, decimals)}, {_signed(high, decimals)}]{used}"
+
+
+def _decimals(error: float, most: int = 3) -> int:
+    """How many decimals show two digits of an error."""
+    return min(most, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else most
 
 
 def _signed(value: float, decimals: int) -> str:
