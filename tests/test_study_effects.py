@@ -97,7 +97,7 @@ def test_one_draw_has_a_value_and_no_limits() -> None:
     assert math.isnan(p_value(VALUES, NAN))
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.05, 0.15, 0.3, 0.45])
+@pytest.mark.parametrize("threshold", [0.0, 0.031, 0.157, 0.3, 0.437])
 def test_a_limit_of_confidence_one_less_p_touches_the_threshold(threshold: float) -> None:
     p = p_value(VALUES, threshold)
     assert 0.009 < p < 1

@@ -139,7 +139,7 @@ def _claims(study: Study, tables: Tables) -> Section:
         for claim in found
     ]
     header = ["statement", "number", "mean [95 %]", "supported if", "p", "p, Holm", "draws", "verdict"]
-    numbers = ["The numbers themselves, one a draw:", _draws_table(study, found)]
+    numbers: list[str | Table | Figure] = ["The numbers themselves, one a draw:", _draws_table(study, found)]
     return Section("The four statements", [intro, Table("", header, rows, num_left=2), *numbers])
 
 
