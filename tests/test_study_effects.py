@@ -15,25 +15,24 @@ from study_tables import reviews_study
 from analysis.bootstrap import bootstrap_mean
 from analysis.study.config import Study
 from analysis.study.effects import (
-    RESAMPLES,
+    TEST_RESAMPLES,
     Claim,
     Effect,
     Outcomes,
     Tables,
     arm_of_model,
-    both_ways,
     claims,
     difference,
     effect,
     foretold,
     holm,
     hypervolumes,
+    less_at_equal_kl,
     mixing,
     mixing_weights,
     overoptimisation,
     p_value,
     reference_weights,
-    reward_at_kl,
 )
 from analysis.study.store import HELD_OUT, Row
 
@@ -101,7 +100,7 @@ def test_one_draw_has_a_value_and_no_limits() -> None:
 def test_a_limit_of_confidence_one_less_p_touches_the_threshold(threshold: float) -> None:
     p = p_value(VALUES, threshold)
     assert 0.009 < p < 1
-    limits = effect(VALUES, 1 - p).interval
+    limits = bootstrap_mean(VALUES, num_resamples=TEST_RESAMPLES, confidence=1 - p)
     assert (limits.low if threshold < VALUES.mean() else limits.high) == pytest.approx(threshold, abs=1e-9)
     assert p == pytest.approx(p_value(-VALUES, -threshold))
     assert (p <= 0.05) == (not effect(VALUES).interval.low <= threshold <= effect(VALUES).interval.high)
@@ -113,11 +112,11 @@ def test_p_is_near_that_of_a_t_test_and_never_below_what_resamples_tell() -> Non
         expected = 2 * t.sf(mean / (normal.std(ddof=1) / math.sqrt(30)), 29)
         assert p_value(normal + mean) == pytest.approx(expected, rel=0.2, abs=5e-4)
     assert p_value(np.array([1.0, 2, 3]), 2.0) == 1
-    # No resample reaches the threshold: one of 20,000 for eight draws, 3⁻³ of all for three.
-    for n, share in ((8, 1 / RESAMPLES), (3, 1 / 27)):
+    # No resample reaches the threshold: one of all for eight draws, 3⁻³ of all for three.
+    for n, share in ((8, 1 / TEST_RESAMPLES), (3, 1 / 27)):
         expected = 2 * t.sf(-norm.ppf(share) / math.sqrt(n / (n - 1)), n - 1)
         assert p_value(np.arange(n) + 100.0) == pytest.approx(expected)
-    assert p_value(np.arange(8) + 100.0) == pytest.approx(0.0083, abs=1e-4)
+    assert p_value(np.arange(8) + 100.0) == pytest.approx(0.0036, abs=1e-4)
 
 
 def test_holm_by_hand() -> None:
@@ -136,22 +135,21 @@ def test_reward_at_equal_kl_by_hand() -> None:
     assert found.equal_kl("kl/base").tolist() == [4, 1.5625]
     assert found.at_equal_kl("single", "kl/base") == pytest.approx([4, 4])
     assert found.at_equal_kl("soup 2", "kl/base") == pytest.approx([4.5, 1 + 2 * 1.25 / 1.5])
-    less = reward_at_kl(found.study, found.tables, "soup 2", "kl/base", minus="single")
-    assert less.values == pytest.approx([0.5, -3 + 2 * 1.25 / 1.5])
-    assert less.interval.estimate == pytest.approx(less.values.mean())
+    less = less_at_equal_kl(found, "soup 2", "single", "kl/base")
+    # ... and at soup 2's KL of 6.25: single half way from (2, 4) to (3, 5), then from (1.25, 4) to (3, 5).
+    assert less == pytest.approx([(0.5 + 1.5) / 2, ((-3 + 2 * 1.25 / 1.5) + (6 - 4 - 1.25 / 1.75)) / 2])
+    assert less_at_equal_kl(found, "single", "soup 2", "kl/base") == pytest.approx(-less)
 
 
-def test_both_ways_reads_each_arm_once_at_its_own_point() -> None:
-    found = outcomes_of(runs("single", 1, SINGLE) + runs("soup 2", 1, SOUP), 1)
-    # At KL 4: 4.5 − 4; at KL 6.25, half way from (2, 4) to (3, 5): 6 − 4.5.
-    assert both_ways(found, "soup 2", "kl/base") == pytest.approx([(0.5 + 1.5) / 2])
-    assert both_ways(found, "single", "kl/base") == pytest.approx([0])
+def test_each_arm_is_read_once_at_its_own_point() -> None:
     # A parabola in √KL, which both follow: read at single's point alone, soup 2 seems to be worse.
     bent = [tuple((d**2, 4 * d - d**2) for d in at) for at in ((3.0, 2.0, 1.0), (3.5, 2.25, 1.25))]
     same = outcomes_of([row for arm, at in zip(("single", "soup 2"), bent, strict=True) for row in runs(arm, 1, at)], 1)
     one_way = same.at_equal_kl("soup 2", "kl/base") - same.at_equal_kl("single", "kl/base")
     assert one_way == pytest.approx([-0.75 * 0.25])  # − (2 − 1.25)(2.25 − 2)
-    assert both_ways(same, "soup 2", "kl/base") == pytest.approx([0])  # and single − (2.25 − 2)(3 − 2.25)
+    assert less_at_equal_kl(same, "soup 2", "single", "kl/base") == pytest.approx(
+        [0]
+    )  # and single − (2.25 − 2)(3 − 2.25)
 
 
 def test_nothing_is_extrapolated_and_no_point_may_lack() -> None:
@@ -159,8 +157,8 @@ def test_nothing_is_extrapolated_and_no_point_may_lack() -> None:
     rows = [row for draw in (1, 2, 3, 4) for row in runs("single", draw, SINGLE)]
     rows += runs("soup 2", 1, SOUP) + runs("soup 2", 2, short) + runs("soup 2", 3, SOUP)[:2] + runs("soup 2", 4, SOUP)
     found = outcomes_of(rows, 4)
-    less = reward_at_kl(found.study, found.tables, "soup 2", "kl/base", minus="single")
-    assert less.values == pytest.approx([0.5, NAN, NAN, 0.5], nan_ok=True)
+    less = effect(less_at_equal_kl(found, "soup 2", "single", "kl/base"))
+    assert less.values == pytest.approx([1, NAN, NAN, 1], nan_ok=True)
     assert (less.used, less.left_out) == (2, 2)
     without_start = Outcomes(found.study, found.tables._replace(models=[]), "A")
     assert np.isnan(without_start.at_equal_kl("soup 2", "kl/base")).all()
@@ -176,9 +174,8 @@ def test_held_out_reads_reward_and_kl_there() -> None:
         )
     ]
     study = reviews_study(1)
-    less = reward_at_kl(study, tables(both, [start(1)]), "soup 2", "kl/base", minus="single", prefix=HELD_OUT)
-    assert less.values == pytest.approx([0.5])
     outside = Outcomes(study, tables(both, [start(1)]), "A", HELD_OUT)
+    assert less_at_equal_kl(outside, "soup 2", "single", "kl/base") == pytest.approx([1])
     assert outside.measured("single", "largest_drop", 0.1) == pytest.approx([0.5])  # no prompts belong to it
 
 
@@ -311,7 +308,7 @@ def test_mixing_by_hand() -> None:
     assert found is not None
     assert found.alphas.tolist() == [0, 0.25, 0.5, 0.75, 1]
     gold = [[one.interval.estimate for one in effects] for effects in (found.at_kl, found.at_coef[0.02])]
-    np.testing.assert_allclose(gold, [[0, NAN, 0.5, NAN, 0.25], [0, NAN, -5, NAN, 0.25]])
+    np.testing.assert_allclose(gold, [[0, NAN, 1, NAN, 0.25], [0, NAN, -5, NAN, 0.25]])
     study = reviews_study(1)
     assert mixing(Outcomes(study, tables([]), "B"), "kl/base") is None  # has no arms between
 
@@ -343,7 +340,7 @@ def test_predictions_by_hand() -> None:
     assert soup.predicted.values == pytest.approx([1 + 3 * 1 / 1.5 - 2, NAN], nan_ok=True)
     assert both.predicted.values == pytest.approx([-0.5, -0.5])
     assert soup.reached.values == pytest.approx([0.5, 0.5])
-    assert soup.at_compare.values == pytest.approx([0.5, 0.5])
+    assert soup.at_compare.values == pytest.approx([1, 1])
     assert soup.agreement(soup.reached) == (1, 1)
     assert both.agreement(both.reached) == (0, 2)
 

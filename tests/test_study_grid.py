@@ -130,7 +130,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr(grid, "_pool", pool)
     monkeypatch.setattr(grid, "_run", run)
     monkeypatch.setattr("rlhf.figures.draw_run", lambda run: [])
-    monkeypatch.setattr("analysis.study.__main__.write_page", lambda study: [])
+    monkeypatch.setattr("analysis.study.__main__.write_page", lambda study, tables: study.results)
     grid._kept.clear()
     return given
 

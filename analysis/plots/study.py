@@ -110,8 +110,6 @@ def plot_mixing(
     lines = {f"equal β = {kl_coef:g}": effects for kl_coef, effects in result.at_coef.items()}
     kl = f"equal {_axis_text(result.axis)}"
     _mixing_line(above, result.alphas, result.at_kl, COLORS[1], "o", kl, style)
-    faint = {"linestyle": "--", "linewidth": 1, "markersize": 4}
-    _mixing_line(above, result.alphas - 0.018, result.at_kl_of_both, COLORS[6], "D", f"{kl}, both ways", faint | style)
     looks = zip(cycle((COLORS[0], COLORS[2], COLORS[3], COLORS[5])), cycle(("s", "^", "D", "v")), strict=False)
     for i, ((label, effects), (color, marker)) in enumerate(zip(lines.items(), looks, strict=False)):
         apart = 0.018 * (i - (len(lines) - 1) / 2)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from analysis.study.config import Case, Study
+from analysis.study.effects import read_tables
 from analysis.study.grid import StudyError, Workers, run_study
 from analysis.study.page import write_page
 from rlhf.command_line import run_command
@@ -49,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(str(error)) from None
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the same command goes on") from None
-    for path in write_page(study):
-        print(path)
+    print(write_page(study, read_tables(study.results)))
     if failed:
         print("\n".join([f"{len(failed)} runs ended by themselves:", *failed]), file=sys.stderr)
         sys.exit(1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -124,7 +123,7 @@ class Study:
     page: Path | None = None
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Study:
+    def read(cls, path: str | Path) -> Study:
         """A validated study from YAML. Raises ValueError or FileNotFoundError naming what is wrong."""
         source = str(path)
         values = _checked(cls, read_settings(path), source)

@@ -8,7 +8,7 @@ Differences are taken within a draw. Their intervals are expanded percentile boo
 corrected for being many, unless a :class:`Claim` says otherwise.
 
     outcomes = Outcomes(study, read_tables(study.results), "A")
-    effect(outcomes.at_equal_kl("soup 2", "kl/base") - outcomes.at_equal_kl("single", "kl/base"))
+    effect(less_at_equal_kl(outcomes, "soup 2", "single", "kl/base"))
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from analysis.run_frontier import hypervolume
 from analysis.study.config import START, Study
 from analysis.study.store import HELD_OUT, MODELS, PREDICTIONS, RUNS, TIMINGS, Row, by_draw, read_table
 
-RESAMPLES = 20_000
+RESAMPLES = 20_000  # of intervals
+TEST_RESAMPLES = 500_000  # of p-values, whose smallest rest on the outermost of them
 SIGNIFICANCE = 0.05  # two-sided, after Holm's correction
 STABILITY_MARGIN = 0.25  # of the baseline's mean largest drop: more than that is a loss of stability
 GOLD = "gold_reward"
@@ -109,7 +110,7 @@ def p_value(values: np.ndarray, threshold: float = 0.0) -> float:
     if mean == threshold:
         return 1.0
     sign = 1 if mean > threshold else -1
-    means = np.sort(sign * mean_draws(known, RESAMPLES, 0))
+    means = np.sort(sign * mean_draws(known, TEST_RESAMPLES, 0))
     share = max(_share_below(means, sign * threshold), 1 / len(means), float(n) ** -n)
     t = -ndtri(share) / math.sqrt(n / (n - 1))
     return float(min(1.0, 2 * stdtr(n - 1, -t)))
@@ -267,42 +268,19 @@ class Outcomes:
         return None if name is None else self.model(START, f"kl/{name}")
 
 
-def reward_at_kl(
-    study: Study,
-    tables: Tables,
-    arm: str,
-    axis: str,
-    *,
-    regime: str | None = None,
-    prefix: str = "",
-    minus: str | None = None,
-    reward: str = GOLD,
-) -> Effect:
-    """An arm's reward at the KL that the baseline reached, or with ``minus`` how much more it is than that arm's.
+def less_at_equal_kl(outcomes: Outcomes, arm: str, minus: str, axis: str, reward: str = GOLD) -> np.ndarray:
+    """An arm's reward less another's at equal KL: half at the KL that the one reached, half at that of the other. [D]
 
-    By default in the regime of the comparison; ``prefix`` is ``HELD_OUT`` for rewards and KL on held-out prompts.
+    Reward bends down over √KL, and a line between points lies below it but at the points. An arm read at a point of its
+    own would have an advantage over one read between two; so each is read once at its own point.
 
-        reward_at_kl(study, tables, "soup 2", "kl/base", minus="single")
+        effect(less_at_equal_kl(outcomes, "soup 2", "single", "kl/base"))
     """
-    outcomes = Outcomes(study, tables, regime or study.compare.regime, prefix)
-    values = outcomes.at_equal_kl(arm, axis, reward)
-    return effect(values if minus is None else values - outcomes.at_equal_kl(minus, axis, reward))
-
-
-def both_ways(outcomes: Outcomes, arm: str, axis: str, reward: str = GOLD) -> np.ndarray:
-    """An arm's reward less the baseline's, half at the KL that the baseline reached, half at that the arm reached. [D]
-
-    Where reward bends down, a line lies below it but at its points, so that an arm that is read at a point of its own
-    has an advantage over one that is read between two. Here each has it once.
-    """
-    baseline = outcomes.study.compare.baseline
-    return np.mean(
-        [
-            outcomes.at_equal_kl(arm, axis, reward, of) - outcomes.at_equal_kl(baseline, axis, reward, of)
-            for of in (baseline, arm)
-        ],
-        axis=0,
-    )
+    read = [
+        outcomes.at_equal_kl(arm, axis, reward, of) - outcomes.at_equal_kl(minus, axis, reward, of)
+        for of in (minus, arm)
+    ]
+    return np.mean(read, axis=0)
 
 
 def difference(outcomes: Outcomes, arm: str, minus: str, measure: str, kl_coef: float | None) -> Effect:
@@ -398,7 +376,7 @@ def claims(study: Study, tables: Tables) -> list[Claim]:
         (
             "it reaches higher reward",
             f"gold at equal {_kl_text(compare.axis)}",
-            reward_at_kl(study, tables, arms[0], compare.axis, minus=arms[1]),
+            effect(less_at_equal_kl(inside, *arms, compare.axis)),
             0.0,
             1,
         ),
@@ -406,7 +384,7 @@ def claims(study: Study, tables: Tables) -> list[Claim]:
         (
             "better out of distribution",
             f"gold on held-out prompts at equal {_kl_text(compare.axis)} there",
-            effect(outside.at_equal_kl(arms[0], compare.axis) - outside.at_equal_kl(arms[1], compare.axis)),
+            effect(less_at_equal_kl(outside, *arms, compare.axis)),
             0.0,
             1,
         ),
@@ -481,10 +459,9 @@ def _measured_model(study: Study, weights: Mapping[str, float] | None, names: Se
 class Mixing:
     """Gold, less that of the baseline (α = 0), over the weight α of the second model in the reference: A arms.
 
-    axis           the KL that is equal in ``at_kl``
-    at_coef        {β: [A] effects at equal β}
-    at_kl          [A] effects, at the KL of the baseline
-    at_kl_of_both  [A] effects, :func:`both_ways`
+    axis     the KL that is equal in ``at_kl``
+    at_coef  {β: [A] effects at equal β}
+    at_kl    [A] effects at equal KL
     """
 
     axis: str
@@ -492,7 +469,6 @@ class Mixing:
     alphas: np.ndarray
     at_coef: Mapping[float, Sequence[Effect]]
     at_kl: Sequence[Effect]
-    at_kl_of_both: Sequence[Effect]
 
 
 def mixing(outcomes: Outcomes, axis: str) -> Mixing | None:
@@ -501,7 +477,6 @@ def mixing(outcomes: Outcomes, axis: str) -> Mixing | None:
     if len(weights) < 3:
         return None
     baseline = outcomes.study.compare.baseline
-    base = outcomes.at_equal_kl(baseline, axis)
     return Mixing(
         axis,
         list(weights),
@@ -510,8 +485,7 @@ def mixing(outcomes: Outcomes, axis: str) -> Mixing | None:
             kl_coef: [difference(outcomes, arm, baseline, GOLD, kl_coef) for arm in weights]
             for kl_coef in outcomes.study.kl_coefs
         },
-        [effect(outcomes.at_equal_kl(arm, axis) - base) for arm in weights],
-        [effect(both_ways(outcomes, arm, axis)) for arm in weights],
+        [effect(less_at_equal_kl(outcomes, arm, baseline, axis)) for arm in weights],
     )
 
 
@@ -526,7 +500,7 @@ class Foretold:
     kl          [D]  where both are read: the largest KL that all frontiers and all their arms reach in a draw
     predicted   on the references' ideal frontiers
     reached     by PPO, at the same KL
-    at_compare  by PPO, at the KL of the comparison (:meth:`Outcomes.equal_kl`)
+    at_compare  by PPO, as :func:`less_at_equal_kl` reads it
     """
 
     reference: str
@@ -563,8 +537,8 @@ def foretold(outcomes: Outcomes, axis: str) -> list[Foretold]:
         for name, found in frontiers.items()
     }
     reached = {name: curve.at(kl) for name, curve in curves.items()}
-    compared = {name: outcomes.at_equal_kl(str(arm), axis) for name, arm in arms.items()}
     first, *others = arms
+    compared = {name: less_at_equal_kl(outcomes, str(arms[name]), str(arms[first]), axis) for name in others}
     return [
         Foretold(
             name,
@@ -572,7 +546,7 @@ def foretold(outcomes: Outcomes, axis: str) -> list[Foretold]:
             kl,
             effect(predicted[name] - predicted[first]),
             effect(reached[name] - reached[first]),
-            effect(compared[name] - compared[first]),
+            effect(compared[name]),
         )
         for name in others
     ]

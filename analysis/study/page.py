@@ -26,12 +26,12 @@ from analysis.study.effects import (
     Foretold,
     Outcomes,
     Tables,
-    both_ways,
     claims,
     difference,
     effect,
     foretold,
     hypervolumes,
+    less_at_equal_kl,
     mixing,
     mixing_weights,
     overoptimisation,
@@ -123,7 +123,7 @@ def _claims(study: Study, tables: Tables) -> Section:
         f"{len(study.draws)} draws.{state} The interval is the 95 % one of each statement alone. The verdict is by p "
         "after Holm's correction for all, two-sided at 5 %: *supported* or *reversed* where the interval of that "
         f"confidence lies wholly on one side of the bound, *{NOT_SUPPORTED}* where it holds it. p is what inverts the "
-        "interval, and never below what 20,000 resamples can tell."
+        "interval, and never below what resamples can tell."
     )
     rows = [
         [
@@ -155,40 +155,35 @@ def _equal_kl(outcomes: Outcomes) -> Section:
     arms = [arm for arm in outcomes.arms() if outcomes.coefficients(arm)]
     others = [arm for arm in arms if arm != compare.baseline]
     blocks: list[str | Table | Figure] = [
-        f"Gold of every arm at the KL that {compare.baseline} reached at β = {compare.kl_coef:g} in the same draw, "
-        f"less {compare.baseline}'s: above 0, an arm earns more for as much KL. Each column holds another KL equal; "
-        f"**{_kl_name(compare.axis)}** is primary. *Own* is as much KL to the reference that each run used. An arm "
-        "that does not reach the KL in a draw has no number there (n draws in brackets where they are not all). "
-        f"{EXPLORATORY} (But for {compare.treatment} on the primary axis, which the table above tests.)"
+        f"Gold of every arm less {compare.baseline}'s at equal KL: above 0, an arm earns more for as much KL. It is "
+        f"read twice, at the KL that {compare.baseline} reached at β = {compare.kl_coef:g} in the same draw and at the "
+        "KL that the arm reached, and the mean is taken. Each column holds another KL equal; "
+        f"**{_kl_name(compare.axis)}** is primary. *Own* is as much KL to the reference that each run used. A draw "
+        "in which either does not reach the KL has no number (n draws in brackets where they are not all). "
+        f"*At {compare.baseline}'s* is the first of the two readings alone. {EXPLORATORY} (But for {compare.treatment} "
+        "on the primary axis, which the table above tests.)"
     ]
-    blocks.append(
-        "A straight line between points lies below gold that bends down, and "
-        f"{compare.baseline} is read at a point of its own, the others between two: that favours {compare.baseline}. "
-        f"*Both ways* is the primary axis again, half at the KL of {compare.baseline} and half at that of the arm, so "
-        "that each is read once at its own point: where this says something else, the line's bend decided."
-    )
-    header = ["arm", *(_kl_name(axis) for axis in axes), f"{_kl_name(compare.axis)}, both ways"]
-    header.append(f"less {compare.treatment}'s, {_kl_name(compare.axis)}")
+    primary = _kl_name(compare.axis)
+    header = ["arm", *(_kl_name(axis) for axis in axes), f"{primary}, at {compare.baseline}'s"]
+    header.append(f"less {compare.treatment}'s, {primary}")
     for view, name in ((inside, "On training prompts:"), (outside, "On held-out prompts, KL there too:")):
-        at = {(arm, axis): view.at_equal_kl(arm, axis) for arm in arms for axis in axes}
         rows = []
         for arm in others:
-            cells = [_limits(effect(at[arm, axis] - at[compare.baseline, axis])) for axis in axes]
-            cells.append(_limits(effect(both_ways(view, arm, compare.axis))))
-            against = _limits(effect(at[arm, compare.axis] - at[compare.treatment, compare.axis]))
-            rows.append([arm, *cells, NONE if arm == compare.treatment else against])
-        level = effect(at[compare.baseline, compare.axis])
+            cells = [_limits(effect(_less(view, arm, axis))) for axis in axes]
+            one_way = view.at_equal_kl(arm, compare.axis) - view.at_equal_kl(compare.baseline, compare.axis)
+            against = _limits(effect(_less(view, arm, compare.axis, minus=compare.treatment)))
+            rows.append([arm, *cells, _limits(effect(one_way)), NONE if arm == compare.treatment else against])
+        level = effect(view.at_equal_kl(compare.baseline, compare.axis))
         level_kl = effect(view.equal_kl(compare.axis))
         blocks.append(
-            f"{name} {compare.baseline}'s own gold is {_mean(level)}, at {_mean(level_kl)} nats "
-            f"{_kl_name(compare.axis).removeprefix('KL ')}."
+            f"{name} {compare.baseline}'s own gold at β = {compare.kl_coef:g} is {_mean(level)}, at {_mean(level_kl)} "
+            f"nats {primary.removeprefix('KL ')}."
         )
         blocks.append(Table("", header, rows))
     if not inside.coefficients(compare.treatment) or not _any_curve(inside):
         return Section("Gold at equal KL", blocks)
     of_arms = {arm: effect(_less(inside, arm, compare.axis)) for arm in others}
     of_axes = {axis: effect(_less(inside, compare.treatment, axis)) for axis in axes}
-    of_axes[f"equal {_kl_name(compare.axis)}, both ways"] = effect(both_ways(inside, compare.treatment, compare.axis))
     equal_beta = f"equal β = {compare.kl_coef:g}"
     of_axes[equal_beta] = difference(inside, compare.treatment, compare.baseline, GOLD, compare.kl_coef)
     label = f"gold − gold of {compare.baseline}"
@@ -315,9 +310,9 @@ def _mixing(outcomes: Outcomes) -> Section | None:
         return None
     others = [i for i, arm in enumerate(found.arms) if arm != compare.baseline]
     kl = f"equal {_kl_name(compare.axis)}"
-    header = ["α", "arm", kl, f"{kl}, both ways", *(f"equal β = {kl_coef:g}" for kl_coef in found.at_coef)]
+    header = ["α", "arm", kl, *(f"equal β = {kl_coef:g}" for kl_coef in found.at_coef)]
     rows = [
-        [f"{found.alphas[i]:g}", found.arms[i], _limits(found.at_kl[i]), _limits(found.at_kl_of_both[i])]
+        [f"{found.alphas[i]:g}", found.arms[i], _limits(found.at_kl[i])]
         + [_limits(effects[i]) for effects in found.at_coef.values()]
         for i in others
     ]
@@ -495,7 +490,7 @@ def _held_out(outcomes: Outcomes) -> Outcomes:
 
 def _less(outcomes: Outcomes, arm: str, axis: str, minus: str | None = None) -> np.ndarray:
     """Gold at equal KL less the baseline's, or another arm's. [D]"""
-    return outcomes.at_equal_kl(arm, axis) - outcomes.at_equal_kl(minus or outcomes.study.compare.baseline, axis)
+    return less_at_equal_kl(outcomes, arm, minus or outcomes.study.compare.baseline, axis)
 
 
 def _any_curve(outcomes: Outcomes) -> bool:
