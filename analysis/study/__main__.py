@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from analysis.study.config import Case, Study
 from analysis.study.effects import read_tables
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _chosen(study: Study, arguments: argparse.Namespace) -> list[Case]:
     """The cases that the flags choose. Raises ValueError for a flag that chooses what the study has not."""
-    known = {
+    known: dict[str, list[Any]] = {
         "regime": list(study.regimes),
         "arm": list(study.arms),
         "draw": list(study.draws),
@@ -71,7 +71,7 @@ def _chosen(study: Study, arguments: argparse.Namespace) -> list[Case]:
     return [
         case
         for case in study.cases()
-        if all(getattr(case, name) in (getattr(arguments, name) or known[name] + [None]) for name in known)
+        if all(getattr(case, name) in (getattr(arguments, name) or [*known[name], None]) for name in known)
     ]
 
 

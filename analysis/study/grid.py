@@ -81,8 +81,8 @@ class Results:
     def read(cls, study: Study) -> Results:
         """What is stored of this study; rows made with other settings are left out, and with the next change gone."""
         found = cls(study, {})
-        versions = {study.version(case): case for case in study.cases()}
-        versions |= {study.draw_version(draw, regime): None for regime in study.regimes for draw in study.draws}
+        versions = {study.version(case) for case in study.cases()}
+        versions |= {study.draw_version(draw, regime) for regime in study.regimes for draw in study.draws}
         for name, keys in cls.KEYS.items():
             rows = read_table(study.results / name)
             kept = [row for row in rows if name == TIMINGS or row["version"] in versions]
@@ -153,7 +153,8 @@ def run_study(study: Study, cases: Sequence[Case], workers: Workers, *, again: b
 
 def make_draw(study: Study, draw: int) -> tuple[None, list[Row]]:
     """Make what of a draw's stages is not there. → how long each took"""
-    folder, paths, took = study.draw_folder(draw), study.paths(draw), []
+    folder, paths = study.draw_folder(draw), study.paths(draw)
+    took: list[Row] = []
     for name, command in study.stages.items():
         line = [filled(part, paths) for part in shlex.split(command)]
         made_by = folder / f"{name}.command"
@@ -173,13 +174,13 @@ def measure_models(study: Study, draw: int, regime: str) -> tuple[tuple[list[Row
     """The rows of a draw's models in a regime; where claims are tested, predictions from samples of the models, too."""
     started = time.perf_counter()
     measures = _measures(study, draw, regime)
-    key = {"regime": regime, "draw": draw, "version": study.draw_version(draw, regime)}
+    key: Row = {"regime": regime, "draw": draw, "version": study.draw_version(draw, regime)}
     measured = measures.of_models()
     start = measured[START][1]
     save_npz(study.draw_folder(draw) / f"golds-{regime}.npz", "Golds", _named(start))
-    models = [{**key, "model": name, **row} for name, (row, _) in measured.items()]
+    models: list[Row] = [{**key, "model": name, **row} for name, (row, _) in measured.items()]
     predictions = measures.predictions() if regime == study.compare.regime else {}
-    points = [{**key, "reference": name, **row} for name, rows in predictions.items() for row in rows]
+    points: list[Row] = [{**key, "reference": name, **row} for name, rows in predictions.items() for row in rows]
     seconds = time.perf_counter() - started
     return (models, points), {"table": MODELS, "regime": regime, "draw": draw, "name": "", "seconds": seconds}
 
@@ -190,27 +191,27 @@ def do_run(study: Study, case: Case) -> tuple[Row | str, Row | None]:
     A run whose policy runs away ends by itself and has no row.
     """
     folder = study.run_folder(case)
+    settings, log, lock = (folder.with_name(f"{folder.name}.{kind}") for kind in ("yaml", "log", "lock"))
     seconds = None
-    with _locked(folder.with_suffix(".lock")):
+    with _locked(lock):
         if not (folder / "summary.json").is_file():
-            settings = folder.with_suffix(".yaml")
             replace_text(settings, yaml.safe_dump(study.settings(case), sort_keys=False, allow_unicode=True))
             resume = ["--resume"] if (folder / "config.yaml").is_file() else []
             command = ["rlhf.ppo", "--config", str(settings), "--output", str(folder), *resume]
             try:
-                seconds = _run(str(case), command, folder.with_suffix(".log"))
+                seconds = _run(str(case), command, log)
             except StudyError as error:
                 if not (folder / "config.yaml").is_file():
                     raise  # it found its input bad and never began
                 return str(error), None
         row, golds = _measures(study, case.draw, case.regime).of_run(folder, study.settings(case))
         save_npz(folder / f"golds-{case.regime}.npz", "Golds", _named(golds))
-    key = dict(zip(Results.KEYS[RUNS], _key_of(case), strict=True))
-    took = {"table": RUNS, "regime": case.regime, "draw": case.draw, "name": case.arm, "kl_coef": key["kl_coef"]}
-    return (
-        {**key, "version": study.version(case), **row},
-        None if seconds is None else {**took, "seconds": seconds},
-    )
+    regime, draw, arm, kl_coef = _key_of(case)
+    key: Row = {"regime": regime, "draw": draw, "arm": arm, "kl_coef": kl_coef, "version": study.version(case)}
+    if seconds is None:
+        return {**key, **row}, None
+    took: Row = {"table": RUNS, "regime": regime, "draw": draw, "name": arm, "kl_coef": kl_coef, "seconds": seconds}
+    return {**key, **row}, took
 
 
 # ── Processes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
