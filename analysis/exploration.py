@@ -274,6 +274,7 @@ def _token_estimates(rollout: Rollout, tokens: Mapping[str, Tensor]) -> dict[str
 
 
 def response_tokens(rollout: Rollout, eos_token_id: int) -> list[list[int]]:
+    """The tokens of every response, without the end of sequence."""
     kept = rollout.response_mask & (rollout.response_tokens != eos_token_id)
     return [row[keep].tolist() for row, keep in zip(rollout.response_tokens.cpu(), kept.cpu(), strict=True)]
 

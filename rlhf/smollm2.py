@@ -11,12 +11,14 @@ own dependency, a compiled llama.cpp, need not be installed.
 
     {"split": "train", "prompt": "...", "responses": [{"generator": "model-a", "text": "...", "score": 0.7}, ...]}
 
-It becomes these files, of prompts and responses that fit the token limits:
+and perhaps "source", where the prompt is from. It becomes these files, of prompts and responses that fit the token
+limits:
 
     sft1, sft2, sft_test         best-rated responses; sft1 and sft2 hold disjoint halves of the training prompts
     pairs, test_pairs            preference pairs of one half of the generators, for the reward model that PPO sees
     gold_pairs, gold_test_pairs  pairs of the other half, for an independent judge that PPO never sees
     prompts, test_prompts        prompts for PPO
+    other_prompts                prompts of --held_out_sources alone, of which nothing is in the other files
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ class SmolLM2Config:
     demonstrations_per_prompt: int = setting(1, "Best-rated responses to each prompt for supervised fine-tuning.")
     pairs_per_prompt: int = setting(4, "Most preference pairs of one prompt; even, half of them favour the longer.")
     min_score_gap: float = setting(0.1, "Least difference of the scores of a pair.")
+    held_out_sources: list[str] = setting([], "Sources that are left out of all files but other_prompts.jsonl.")
     seed: int = setting(0, "Seed of the halves and of the choice of pairs.")
 
     def __post_init__(self) -> None:
@@ -130,6 +133,7 @@ class Question:
     split: str
     prompt: str
     responses: list[Response]
+    source: str = ""
     num_tokens: int = 0
 
     @property
@@ -167,7 +171,8 @@ def _question(where: str, line: str) -> Question:
         raise ValueError(f"{where}: field 'prompt' is empty; remove the line")
     if not isinstance(responses, list):
         raise ValueError(f"{where}: field 'responses' must be a list; found {responses!r}")
-    return Question(split, prompt, [_response(f"{where}: responses[{i}]", r) for i, r in enumerate(responses)])
+    source = _text(where, row, "source") if "source" in row else ""
+    return Question(split, prompt, [_response(f"{where}: responses[{i}]", r) for i, r in enumerate(responses)], source)
 
 
 def read_preferences(path: str | Path) -> list[Question]:
@@ -268,9 +273,18 @@ def prepare(
     questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, config: SmolLM2Config
 ) -> dict[str, list[Row]]:
     """The rows of every data file, by name; ValueError names a file that would be empty."""
+    sources = {question.source for question in questions}
+    for source in config.held_out_sources:
+        if source not in sources:
+            raise ValueError(
+                f"held_out_sources: no prompt of {config.data} is from {source!r}; found {sorted(sources)}"
+            )
     questions = drop_boilerplate(questions)
-    mean_score = mean_scores(question for question in questions if question.split == "train")
+    known = [question for question in questions if question.source not in config.held_out_sources]
+    mean_score = mean_scores(question for question in known if question.split == "train")
     fitting = fit(questions, tokenizer, config)
+    others = [question for question in fitting if question.source in config.held_out_sources]
+    fitting = [question for question in fitting if question.source not in config.held_out_sources]
     train = [question for question in fitting if question.split == "train"]
     test = [question for question in fitting if question.split == "test"]
     rng = random.Random(config.seed)
@@ -288,6 +302,8 @@ def prepare(
         "prompts": [(question, ()) for question in train],
         "test_prompts": [(question, ()) for question in test],
     }
+    if config.held_out_sources:
+        files["other_prompts"] = [(question, ()) for question in others]
     for name, rows in files.items():
         if not rows:
             raise ValueError(

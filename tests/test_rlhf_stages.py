@@ -405,6 +405,28 @@ def test_an_unfinished_run_is_neither_overwritten_nor_resumed_otherwise(
     assert "data_sha256 was" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["sft", "pairs"])
+def test_several_files_count_as_one_and_may_be_cut(
+    checkpoints: dict[str, Path], data: dict[str, str], tmp_path: Path, kind: str
+) -> None:
+    lines = Path(data[kind]).read_text().splitlines(keepends=True)
+    parts = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
+    parts[0].write_text("".join(lines[:3]))
+    parts[1].write_text("".join(lines[3:]))
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text("".join(lines[:5]))
+    several = ["--data", *map(str, parts), "--test_data", data[kind]]
+    for name, flags, whole in (
+        ("all", [], data[kind]),
+        ("some", ["--max_examples", "5"], str(cut)),
+    ):
+        line = arguments(checkpoints, data, kind, tmp_path / name, epochs=1)
+        assert run_command(MAINS[kind], [*line, *several, *flags]) == 0
+        expected = arguments(checkpoints, data | {kind: whole}, kind, tmp_path / f"{name}-one", epochs=1)
+        assert run_command(MAINS[kind], [*expected, "--test_data", data[kind]]) == 0
+        assert tree(tmp_path / name) == tree(tmp_path / f"{name}-one")
+
+
 def test_resuming_needs_something_to_resume(
     checkpoints: dict[str, Path], data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -270,6 +270,23 @@ def test_prepared_files_keep_splits_halves_and_generators_apart(
     assert not proxy & gold
 
 
+def test_held_out_sources_are_in_no_file_but_their_own(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [row | {"source": "xyz"[number % 3]} for number, row in enumerate(made_up_rows(30))]
+    rows[1]["responses"][0] |= {"text": "c", "score": 99.0}  # of y: g0 would be the best generator by its mean
+    questions = smollm2.read_preferences(write(tmp_path / "data.jsonl", rows))
+    files = smollm2.prepare(questions, tokenizer, config(held_out_sources=["y"]))
+    sources = {name: {question.source for question, _ in lines} for name, lines in files.items()}
+    assert sources.pop("other_prompts") == {"y"}
+    assert all(found <= {"x", "z"} for found in sources.values())
+    assert len(files["other_prompts"]) == 10
+    without = smollm2.read_preferences(write(tmp_path / "rest.jsonl", [row for row in rows if row["source"] != "y"]))
+    assert {k: v for k, v in files.items() if k != "other_prompts"} == smollm2.prepare(without, tokenizer, config())
+    with pytest.raises(
+        ValueError, match=r"held_out_sources: no prompt of data\.jsonl is from 'w'; found \['x', 'y', 'z'\]"
+    ):
+        smollm2.prepare(questions, tokenizer, config(held_out_sources=["w"]))
+
+
 def test_the_seed_decides(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     questions = made_up_questions(tmp_path)
     first, again, other = (smollm2.prepare(questions, tokenizer, config(seed=seed)) for seed in (1, 1, 2))

@@ -20,7 +20,9 @@ AT_IMPORT_TIME = {
     "rlhf": {
         "rlhf", "soupkit", "torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "yaml", "tqdm",
     },
-    "analysis": {"analysis", "soupkit", "rlhf", "torch", "transformers", "safetensors", "numpy", "scipy", "tqdm"},
+    "analysis": {
+        "analysis", "soupkit", "rlhf", "torch", "transformers", "safetensors", "numpy", "scipy", "yaml", "tqdm",
+    },
 }  # fmt: skip
 # ... and inside functions on top of those.
 WHEN_ASKED_FOR = {

@@ -204,6 +204,7 @@ def do_run(study: Study, case: Case) -> tuple[Row | str, Row | None]:
                 if not (folder / "config.yaml").is_file():
                     raise  # it found its input bad and never began
                 return str(error), None
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a finished run has no use for them
         row, golds = _measures(study, case.draw, case.regime).of_run(folder, study.settings(case))
         save_npz(folder / f"golds-{case.regime}.npz", "Golds", _named(golds))
     regime, draw, arm, kl_coef = _key_of(case)
