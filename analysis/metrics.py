@@ -164,7 +164,7 @@ def sampled(
     return Described(
         measure,
         f"one response of at most {max_new_tokens} tokens to {len(prompts)} prompts {_digest(prompts)}, temperature "
-        f"{temperature}, seed {seed}; rewards {sorted(rewards)}, references {sorted(references)}",
+        f"{temperature}, seed {seed}; rewards {_names_of(rewards)}, references {_names_of(references)}",
     )
 
 
@@ -202,6 +202,15 @@ def _estimate(name: str, value: Value) -> Measured:
         raise ValueError(
             f"metric {name!r}: returned {value!r:.80}; return a float, (mean, stderr) or PerExample"
         ) from None
+
+
+def _names_of(things: Mapping[str, object]) -> dict[str, str]:
+    """What rewards and references are called by themselves: a folder's or function's name, else their kind's."""
+    found = {}
+    for name, thing in sorted(things.items()):
+        model = getattr(thing, "model", None)
+        found[name] = getattr(thing, "name", None) or getattr(model, "name_or_path", None) or type(thing).__name__
+    return found
 
 
 def _digest(items: Sequence[object]) -> str:

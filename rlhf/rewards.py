@@ -82,13 +82,14 @@ class ModelReward:
 
     def __init__(self, model: ScalarHeadModel, batch_size: int | None = None) -> None:
         self.model = model
+        self.name = str(model.model.name_or_path)
         self.batch_size = batch_size
         self.mean = float(getattr(model.model.config, "score_mean", 0.0))
         self.std = float(getattr(model.model.config, "score_std", 1.0))
 
     def __call__(self, rollout: Rollout) -> Tensor:
         scores = score_responses(self.model, rollout, self.batch_size)
-        return _require_finite((scores - self.mean) / self.std, rollout, str(self.model.model.name_or_path))
+        return _require_finite((scores - self.mean) / self.std, rollout, self.name)
 
 
 class FunctionReward:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from analysis import Line, Plane, directions, line, metrics, plane, weights
 from rlhf.data import Prompt
-from rlhf.reference import ModelReference
+from rlhf.reference import ModelReference, load_model_reference
+from rlhf.rewards import load_reward
 
 
 class Vector(nn.Module):
@@ -529,6 +530,23 @@ def test_empty_data_is_refused() -> None:
     for make in (metrics.loss, metrics.loss_per_example):
         with pytest.raises(ValueError, match="examples: none given; give at least one demonstration"):
             make([], make_tokenizer())
+
+
+def test_another_reward_or_reference_of_the_same_name_is_another_metric(checkpoints: dict[str, Path]) -> None:
+    def described(reward: str, reference: str) -> str:
+        metric = metrics.sampled(
+            [Prompt("p", [1])],
+            make_tokenizer(),
+            rewards={"gold_reward": load_reward(reward, policy=checkpoints["first"])},
+            references={"other": load_model_reference([str(checkpoints[reference])])},
+            max_new_tokens=2,
+        )
+        return metrics.describe({"": metric})[""]
+
+    first = described("helpers:share_of_a", "first")
+    assert described("helpers:share_of_a", "first") == first
+    others = [("helpers:count_words", "first"), (str(checkpoints["reward"]), "first"), ("helpers:share_of_a", "second")]
+    assert len({first, *(described(*other) for other in others)}) == 4
 
 
 # ── Several processes ─────────────────────────────────────────────────────────────────────────────────────────────────
