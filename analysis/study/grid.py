@@ -85,7 +85,7 @@ class Results:
         versions |= {study.draw_version(draw, regime) for regime in study.regimes for draw in study.draws}
         for name, keys in cls.KEYS.items():
             rows = read_table(study.results / name)
-            kept = [row for row in rows if name == TIMINGS or row["version"] in versions]
+            kept = [row for row in rows if (_times(study, row) if name == TIMINGS else row["version"] in versions)]
             if len(kept) < len(rows):
                 print(f"{study.results / name}: {len(rows) - len(kept)} rows are of other settings", file=sys.stderr)
             found.rows[name] = {_key(row, keys): row for row in kept}
@@ -102,14 +102,20 @@ class Results:
         return any(k[: len(start)] == start and row["version"] == version for k, row in self.rows[name].items())
 
     def _place(self, row: Row) -> tuple[Any, ...]:
-        regimes, arms = list(self.study.regimes), list(self.study.arms)
-        regime, name = row["regime"], row.get("arm", row.get("name", ""))
-        return (
-            row.get("table", ""),
-            regimes.index(regime) if regime in regimes else len(regimes),
-            row["draw"],
-            arms.index(name) if name in arms else len(arms),
-        )
+        """Where a row stands, whenever it was made: in the order of the configuration, then by β, none first."""
+        study = self.study
+        orders = {
+            "table": ["stages", MODELS, RUNS],
+            "regime": ["", *study.regimes],
+            "draw": list(study.draws),
+            "arm": list(study.arms),
+            "model": [START, *study.measure.models],
+            "reference": list(study.measure.models),
+            "name": ["", *study.stages, *study.arms],
+        }
+        places = [order.index(row[name]) for name, order in orders.items() if name in row]  # type: ignore[arg-type]
+        kl_coef = float(row.get("kl_coef", math.nan))
+        return (*places, -1.0 if math.isnan(kl_coef) else kl_coef)
 
 
 def run_study(study: Study, cases: Sequence[Case], workers: Workers, *, again: bool = False) -> list[str]:
@@ -309,6 +315,11 @@ def _key_of(case: Case) -> tuple[str, int, str, float]:
 
 def _key(row: Row, columns: Sequence[str]) -> tuple[str, ...]:
     return tuple(cell(row.get(column, math.nan)) for column in columns)
+
+
+def _times(study: Study, row: Row) -> bool:
+    """Whether a row of times is of something that the study still has."""
+    return row["draw"] in study.draws and row["name"] in ("", *study.stages, *study.arms)
 
 
 def _timing(row: Row, workers: Workers) -> Row:
