@@ -131,7 +131,9 @@ def interval(
             elif method == "bca":
                 assert others is not None, "bca needs the statistic without each unit"
                 z = _bca_quantiles(value, defined, others[:, i], z)
-            low[i], high[i] = np.quantile(defined, ndtr(z))
+            # Between an infinite draw and another there is nothing to interpolate.
+            between = "linear" if np.isfinite(defined).all() else "nearest"
+            low[i], high[i] = np.quantile(defined, ndtr(z), method=between)
     shape = estimate.shape
     return Interval(*(x.reshape(shape)[()] for x in (centre, low, high)))
 
