@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(command, "--weights", nargs="+", type=float, metavar="W", help="of the ingredients; uniform where not given")
     _add(command, "--soup", default="soup", metavar="NAME", help="the soup's name; made where no model has it")
     _add(command, "--num_responses", type=int, default=1, metavar="N", help="sampled to every prompt")
+    _add(command, "--resume", action="store_true", help="go on with the rows that an interrupted command had measured")
     _add_sampling(command, required=True)
     _add_common(command)
 
@@ -239,12 +240,7 @@ def _plane(arguments: argparse.Namespace) -> None:
 
 def _measure(arguments: argparse.Namespace, measure: Callable[..., Any], further: Mapping[str, Any]) -> Any:
     """The line or plane that is asked for, once all is checked that can be before models are loaded."""
-    require_new(arguments.output)
-    save = _unfinished(arguments)
-    if save.exists() and not arguments.resume:
-        raise FileExistsError(
-            f"{save}: what an interrupted command had measured; go on with --resume, or remove it to start anew"
-        )
+    save = _startable(arguments)
     checkpoints = read_checkpoints(arguments.checkpoints)
     first = next(iter(checkpoints.values()))
     found = read_metrics(
@@ -272,7 +268,7 @@ def _measure(arguments: argparse.Namespace, measure: Callable[..., Any], further
 
 
 def _kl(arguments: argparse.Namespace) -> None:
-    require_new(arguments.output)
+    save = _startable(arguments)
     checkpoints = read_checkpoints(arguments.checkpoints)
     first = next(iter(checkpoints.values()))
     prompts = _prompts(arguments, first)
@@ -284,6 +280,8 @@ def _kl(arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
         "batch_size": arguments.batch_size,
         "device": arguments.device,
+        "save": save,
+        "resume": arguments.resume,
         "progress": not arguments.quiet,
     }
     tokenizer = load_tokenizer(first)
@@ -442,6 +440,17 @@ def _prompts(arguments: argparse.Namespace, checkpoint: str) -> list[Prompt] | N
             f"{checkpoint} can read; give fewer"
         )
     return load_prompts(arguments.prompts, load_tokenizer(checkpoint), room)[: arguments.num_prompts]
+
+
+def _startable(arguments: argparse.Namespace) -> Path:
+    """The file for what is measured until all is; it must not be there unless to go on with, and no output either."""
+    require_new(arguments.output)
+    save = _unfinished(arguments)
+    if save.exists() and not arguments.resume:
+        raise FileExistsError(
+            f"{save}: what an interrupted command had measured; go on with --resume, or remove it to start anew"
+        )
+    return save
 
 
 def _unfinished(arguments: argparse.Namespace) -> Path:

@@ -17,7 +17,7 @@ No method makes up for units that are not there: resamples of two or three seeds
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy.special import ndtr, ndtri, stdtrit
@@ -131,7 +131,9 @@ def interval(
             elif method == "bca":
                 assert others is not None, "bca needs the statistic without each unit"
                 z = _bca_quantiles(value, defined, others[:, i], z)
-            low[i], high[i] = np.quantile(defined, ndtr(z))
+            # Between an infinite draw and another there is nothing to interpolate.
+            between: Literal["linear", "nearest"] = "linear" if np.isfinite(defined).all() else "nearest"
+            low[i], high[i] = np.quantile(defined, ndtr(z), method=between)
     shape = estimate.shape
     return Interval(*(x.reshape(shape)[()] for x in (centre, low, high)))
 

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from analysis.results import Saved
-from analysis.weights import named_sources
+from analysis.metrics import digest
+from analysis.points import measure_each, require_unstarted
+from analysis.results import Measurements, PointByPoint, Saved
+from analysis.weights import fingerprint, moving_parameters, named_sources
 from rlhf.data import Prompt
 from rlhf.evaluation import compare
 from rlhf.kl import Comparison
@@ -61,6 +62,8 @@ def kl_matrix(
     seed: int = 0,
     batch_size: int | None = None,
     device: str | torch.device = "cpu",
+    save: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> KLMatrix:
     """KL(π ‖ ρ) for every ordered pair of models, π the row and ρ the column.
@@ -73,9 +76,12 @@ def kl_matrix(
     is over prompts (responses to one prompt are averaged first), over responses when there is one prompt only.
 
     ``models`` are {name: folder or model}, or a sequence of folders; all are held in memory at once, folders on
-    ``device``. ``batch_size`` bounds how many responses are handled at once.
+    ``device``. ``batch_size`` bounds how many responses are handled at once. ``save`` is a file that holds the rows
+    that are done, written after each; with ``resume``, continued where it exists. Where a launcher has started several
+    processes, all of them must call: they share the rows.
 
-    Raises ValueError when vocabularies differ, or when there are fewer than two models or no prompts.
+    Raises ValueError when vocabularies differ, when there are fewer than two models or no prompts, or when ``save``
+    holds another computation; FileExistsError when ``save`` exists and ``resume`` is not set.
 
         distances = kl_matrix(["sft1", "sft2", "soup"], prompts, tokenizer, max_new_tokens=48)
         distances["sft1", "soup"].mean
@@ -83,17 +89,24 @@ def kl_matrix(
     sources = named_sources(models)
     if len(sources) < 2:
         raise ValueError(f"models={list(sources)}: a matrix needs at least two; give more")
+    require_unstarted(save, resume)
     samples = Samples(prompts, tokenizer, max_new_tokens, num_responses, temperature, seed, batch_size)
     loaded = load_models(sources, device)
     names = list(loaded)
-    mean, stderr = np.zeros((len(names), len(names))), np.zeros((len(names), len(names)))
-    bar = tqdm(names, "kl matrix", disable=not progress)
-    with evaluating(*loaded.values()), bar:
-        for row, name in enumerate(bar):
-            others = {other: ModelReference(model, torch.float64) for other, model in loaded.items() if other != name}
-            for other, values in samples.compare(loaded[name], others).kl.items():
-                mean[row, names.index(other)], stderr[row, names.index(other)] = samples.estimate(values)
-    return KLMatrix(names, mean, stderr, samples.metadata())
+
+    def row_of(row: int) -> dict[str, Estimate]:
+        others = {name: ModelReference(model, torch.float64) for name, model in loaded.items() if name != names[row]}
+        kl = samples.compare(loaded[names[row]], others).kl
+        return {name: samples.estimate(kl[name]) if name in kl else Estimate(0.0, 0.0) for name in names}
+
+    with evaluating(*loaded.values()):
+        rows = measure_each(
+            PointByPoint(Measurements.empty(len(names)), samples.identity(loaded)),
+            row_of,
+            save=save,
+            progress="kl matrix" if progress else None,
+        ).measurements
+    return KLMatrix(names, rows.values.T.copy(), rows.stderr.T.copy(), samples.metadata())
 
 
 @dataclass(frozen=True)
@@ -151,6 +164,11 @@ class Samples:
     def estimate(self, values: Tensor) -> Estimate:
         """The mean over responses of values per token [P·R, T], with its standard error over :meth:`units`."""
         return mean_estimate(self.units(values))
+
+    def identity(self, models: Mapping[str, PreTrainedModel]) -> dict[str, Any]:
+        """What two computations must have in common for one to go on with the other's rows."""
+        hashes = {name: fingerprint(moving_parameters(model)) for name, model in models.items()}
+        return {"models": hashes, "prompts": digest(self.prompts), **self.metadata()}
 
     def metadata(self) -> dict[str, Any]:
         """How the responses were sampled."""

@@ -29,15 +29,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import soupkit
 from analysis import weights as space
 from analysis.divergence import KLMatrix, Models, Samples, jackknife, load_models, means_and_errors
-from analysis.results import Saved
+from analysis.points import measure_each, require_unstarted
+from analysis.results import Measurements, PointByPoint, Saved
 from analysis.weights import named_sources
 from rlhf.data import Prompt
-from rlhf.kl import Comparison
 from rlhf.metrics import Estimate
 from rlhf.models import evaluating
 from rlhf.reference import MixtureReference, ModelReference
 
 MIXTURE, BASE = "(mixture)", "(base)"  # beside the names that users give
+QUANTITIES = ("kl_soup", "kl_ingredients", "kl_mixture", "triangle_gap", "log_normalizer")
+KL_TO, K1_TO, IDENTITY_ERROR = "kl/", "k1/", "identity_error"  # what else a row of the matrix holds
 
 # ── Who is how far from whom ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -105,6 +107,8 @@ def kl_geometry(
     seed: int = 0,
     batch_size: int | None = None,
     device: str | torch.device = "cpu",
+    save: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> KLGeometry:
     """KL between all pairs of models, both ways, and how each of them lies to a soup and to its ingredients.
@@ -117,7 +121,8 @@ def kl_geometry(
     said of it is measured on these. Standard errors are over prompts, as in :func:`analysis.kl_matrix`, whose other
     arguments are the same. All models are in memory at once.
 
-    Raises ValueError when vocabularies differ, or names and weights do not fit together.
+    Raises ValueError when vocabularies differ, names and weights do not fit together, or ``save`` holds another
+    computation; FileExistsError when ``save`` exists and ``resume`` is not set.
 
         geometry = kl_geometry(["base", "sft1", "sft2", "policy"], prompts, tokenizer, ingredients=["sft1", "sft2"],
                                max_new_tokens=48)
@@ -137,30 +142,43 @@ def kl_geometry(
         raise ValueError(f"ingredients={list(ingredients)}: names one twice; give its weight once")
     if soup in ingredients:
         raise ValueError(f"soup={soup!r}: is one of the ingredients; give the soup's own name")
+    require_unstarted(save, resume)
     samples = Samples(prompts, tokenizer, max_new_tokens, num_responses, temperature, seed, batch_size)
     loaded = load_models(sources, device)
     if soup not in loaded:
         loaded[soup] = soupkit.average([loaded[name] for name in ingredients], shares)
-    names = list(loaded)
-    mean, stderr, k1, k1_stderr = np.zeros((4, len(names), len(names)))
-    values, values_stderr, identity_error = [], [], []
-    bar = tqdm(names, "kl geometry", disable=not progress)
-    with evaluating(*loaded.values()), bar:
-        references = {name: ModelReference(model, torch.float64) for name, model in loaded.items()}
-        mixture = MixtureReference([references[name] for name in ingredients], shares)
-        for row, name in enumerate(bar):
-            others = {other: reference for other, reference in references.items() if other != name}
-            compared = samples.compare(loaded[name], {**others, MIXTURE: mixture})
-            for column, other in enumerate(names):
-                if other != name:
-                    mean[row, column], stderr[row, column] = samples.estimate(compared.kl[other])
-                    log_ratio = compared.logprobs - compared.other_logprobs[other]
-                    k1[row, column], k1_stderr[row, column] = samples.estimate(log_ratio)
-            quantities, error = _to_soup(compared, name, soup, dict(zip(ingredients, shares, strict=True)))
-            estimates = [samples.estimate(tokens) for tokens in quantities.values()]
-            values.append([estimate.mean for estimate in estimates])
-            values_stderr.append([estimate.stderr for estimate in estimates])
-            identity_error.append(error)
+    names, weight_of = list(loaded), dict(zip(ingredients, shares, strict=True))
+    references = {name: ModelReference(model, torch.float64) for name, model in loaded.items()}
+    mixture = MixtureReference([references[name] for name in ingredients], shares)
+
+    def row_of(row: int) -> dict[str, Estimate]:
+        name = names[row]
+        others = {other: reference for other, reference in references.items() if other != name}
+        compared = samples.compare(loaded[name], {**others, MIXTURE: mixture})
+        kl = {name: torch.zeros_like(compared.logprobs), **compared.kl}
+        logprobs = {name: compared.logprobs, **compared.other_logprobs}
+        quantities, error = _to_soup(kl, logprobs, soup, weight_of)
+        return {
+            **{f"{KL_TO}{other}": samples.estimate(kl[other]) for other in names},
+            **{f"{K1_TO}{other}": samples.estimate(compared.logprobs - logprobs[other]) for other in names},
+            **{quantity: samples.estimate(tokens) for quantity, tokens in quantities.items()},
+            IDENTITY_ERROR: Estimate(error, math.nan),
+        }
+
+    with evaluating(*loaded.values()):
+        rows = measure_each(
+            PointByPoint(
+                Measurements.empty(len(names)), {"soup": soup, "ingredients": weight_of, **samples.identity(loaded)}
+            ),
+            row_of,
+            save=save,
+            progress="kl geometry" if progress else None,
+        ).measurements
+    estimates = dict(zip(rows.names, np.stack([rows.values, rows.stderr], axis=1), strict=True))  # [2, N] each
+    (mean, stderr), (k1, k1_stderr) = (
+        np.stack([estimates[f"{to}{name}"] for name in names], axis=-1) for to in (KL_TO, K1_TO)
+    )
+    values, values_stderr = np.stack([estimates[quantity] for quantity in QUANTITIES], axis=1)
     return KLGeometry(
         names=names,
         mean=mean,
@@ -171,31 +189,22 @@ def kl_geometry(
         soup=soup,
         ingredients=list(ingredients),
         weights=np.array(shares),
-        quantities=list(quantities),
-        values=np.array(values).T,
-        values_stderr=np.array(values_stderr).T,
-        identity_error=np.array(identity_error),
+        quantities=list(QUANTITIES),
+        values=values,
+        values_stderr=values_stderr,
+        identity_error=estimates[IDENTITY_ERROR][0],
     )
 
 
 def _to_soup(
-    compared: Comparison, name: str, soup: str, shares: Mapping[str, float]
+    kl: Mapping[str, Tensor], logprobs: Mapping[str, Tensor], soup: str, shares: Mapping[str, float]
 ) -> tuple[dict[str, Tensor], float]:
     """KLGeometry's quantities of one model per token, and the error of the identity. → {name: [P·R, T]}, ()"""
-    # The model itself is not among those that it is compared with.
-    kl = {**compared.kl, name: torch.zeros_like(compared.logprobs)}
-    logprobs = {**compared.other_logprobs, name: compared.logprobs}
     to_ingredients = _weighted_sum(shares, kl)
     # log Z is read off the sampled tokens, the KL are sums over the vocabulary: two ways to the same number.
     minus_log_z = logprobs[MIXTURE] - _weighted_sum(shares, logprobs)
-    quantities = {
-        "kl_soup": kl[soup],
-        "kl_ingredients": to_ingredients,
-        "kl_mixture": kl[MIXTURE],
-        "triangle_gap": kl[soup] - to_ingredients,
-        "log_normalizer": minus_log_z,
-    }
-    return quantities, float((to_ingredients - kl[MIXTURE] - minus_log_z).abs().max())
+    values = (kl[soup], to_ingredients, kl[MIXTURE], kl[soup] - to_ingredients, minus_log_z)
+    return dict(zip(QUANTITIES, values, strict=True)), float((to_ingredients - kl[MIXTURE] - minus_log_z).abs().max())
 
 
 def _weighted_sum(shares: Mapping[str, float], values: Mapping[str, Tensor]) -> Tensor:

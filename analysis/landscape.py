@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from analysis.results import Measurements, load_npz, save_npz
+from analysis.results import PointByPoint
 from rlhf.metrics import Estimate
-
-EXAMPLES = "examples/"  # before a metric's name, where files have its examples
 
 
 @dataclass(frozen=True)
-class Landscape:
+class Landscape(PointByPoint):
     """What lines and planes have in common: metrics at points of weight space, named checkpoints among them.
 
     coordinates   where the named checkpoints are
@@ -28,8 +25,6 @@ class Landscape:
     """
 
     coordinates: dict[str, Any]
-    measurements: Measurements
-    metadata: dict[str, Any]
 
     @property
     def names(self) -> list[str]:
@@ -78,21 +73,6 @@ class Landscape:
     def _point(self, name: str) -> int:
         """The index of a named checkpoint among all points."""
         raise NotImplementedError
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a ``.npz`` file, finished or not."""
-        fields = {**vars(self), **vars(self.measurements)}
-        del fields["measurements"], fields["examples"]
-        fields |= {f"{EXAMPLES}{name}": pairs for name, pairs in self.measurements.examples.items()}
-        return save_npz(path, type(self).__name__, fields)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what :meth:`save` wrote."""
-        fields = load_npz(path, cls.__name__)
-        examples = {key.removeprefix(EXAMPLES): fields.pop(key) for key in list(fields) if key.startswith(EXAMPLES)}
-        measured = {name: fields.pop(name) for name in ("names", "values", "stderr", "done")}
-        return cls(**fields, measurements=Measurements(**measured, examples=examples))
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def loss(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, bat
     def measure(model: PreTrainedModel) -> Estimate:
         return evaluate_loss(model, examples, tokenizer.pad_token_id, batch_size=batch_size)
 
-    description = f"loss of {len(examples)} examples {_digest(examples)}"
+    description = f"loss of {len(examples)} examples {digest(examples)}"
     return ResponseLoss(measure, description, examples, tokenizer.pad_token_id)
 
 
@@ -163,7 +163,7 @@ def sampled(
 
     return Described(
         measure,
-        f"one response of at most {max_new_tokens} tokens to {len(prompts)} prompts {_digest(prompts)}, temperature "
+        f"one response of at most {max_new_tokens} tokens to {len(prompts)} prompts {digest(prompts)}, temperature "
         f"{temperature}, seed {seed}; rewards {_names_of(rewards)}, references {_names_of(references)}",
     )
 
@@ -213,5 +213,6 @@ def _names_of(things: Mapping[str, object]) -> dict[str, str]:
     return found
 
 
-def _digest(items: Sequence[object]) -> str:
+def digest(items: Sequence[object]) -> str:
+    """A short hash of prompts or examples: what tells those of two computations apart."""
     return hashlib.sha256(repr(items).encode()).hexdigest()[:12]

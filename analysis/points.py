@@ -1,4 +1,4 @@
-"""Measuring a model at many points of weight space: in place, put back afterwards, resumable, by several processes.
+"""Measuring at many points, resumable and by several processes; a model at points of weight space, put back afterwards.
 
 A model is written in place, point by point, and put back bit for bit, also after an exception or Ctrl-C; it is in eval
 mode meanwhile. Buffers and integer parameters stay as they are. Where a launcher (``accelerate launch``, ``torchrun``)
@@ -21,13 +21,13 @@ from torch import nn
 from tqdm import tqdm
 
 from analysis import weights
-from analysis.landscape import Landscape
 from analysis.metrics import Measured, Metric, describe, measure
+from analysis.results import PointByPoint
 from analysis.weights import Source
 from rlhf.distributed import Processes
 from rlhf.models import evaluating
 
-Result = TypeVar("Result", bound=Landscape)
+Result = TypeVar("Result", bound=PointByPoint)
 
 
 def prepare(
@@ -50,10 +50,15 @@ def prepare(
         raise ValueError(f"margin={margin}: must be finite and at least 0")
     if radius is not None and not 0 < radius < np.inf:
         raise ValueError(f"radius={radius}: must be finite and above 0")
-    if save is not None and not resume and Path(save).exists():
-        raise FileExistsError(f"{save}: exists already; continue it with resume=True, or choose another file")
+    require_unstarted(save, resume)
     model = model if model is not None else weights.load_model(sources, device)
     return model, {name: weights.detached(source, model) for name, source in sources.items()}
+
+
+def require_unstarted(save: str | os.PathLike[str] | None, resume: bool) -> None:
+    """Raise FileExistsError when the file of an earlier computation exists that is not to be gone on with."""
+    if save is not None and not resume and Path(save).exists():
+        raise FileExistsError(f"{save}: exists already; continue it with resume=True, or choose another file")
 
 
 def measure_points(
@@ -70,31 +75,46 @@ def measure_points(
 
     ``restore`` is False for a model that nobody else has: putting it back takes a copy of its weights.
     """
+
+    def measure_at(point: int) -> dict[str, Measured]:
+        points[point]()
+        return measure(metrics, model)
+
+    with evaluating(model), weights.preserved(model) if restore else nullcontext(), torch.no_grad():
+        return measure_each(result, measure_at, save=save, progress=progress)
+
+
+def measure_each(
+    result: Result,
+    measure_at: Callable[[int], Mapping[str, Measured]],
+    *,
+    save: str | os.PathLike[str] | None,
+    progress: str | None,
+) -> Result:
+    """Measure every point not measured yet, ``measure_at(i)`` the i-th, and write the file ``save`` after each.
+
+    Where it exists it is gone on with. ``progress`` names the bar; None shows none.
+    """
     if save is not None and Path(save).exists():
         result = _resumed(result, save)
     measurements = result.measurements
+    number = len(measurements.done)
     pending = np.flatnonzero(~measurements.done).tolist()
     # An Accelerator of our own would settle the precision of those that a program makes later.
     processes = Processes() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     mine = pending[processes.share(len(pending))] if processes else pending
     is_main = processes is None or processes.is_main
     silent = progress is None or not is_main
-    bar = tqdm(total=len(points), desc=progress, initial=len(points) - len(pending), disable=silent)
-    with evaluating(model), weights.preserved(model) if restore else nullcontext(), torch.no_grad(), bar:
+    with tqdm(total=number, desc=progress, initial=number - len(pending), disable=silent) as bar:
         for step in range(-(-len(pending) // (processes.number if processes else 1))):
             with processes.failing_together(Exception) if processes else nullcontext():
-                found = [(point, _measured(points[point], metrics, model)) for point in mine[step : step + 1]]
+                found = [(point, measure_at(point)) for point in mine[step : step + 1]]
             for point, estimates in processes.gather(found) if processes else found:
                 measurements.record(point, estimates)
                 bar.update()
             if save is not None and is_main:
                 result.save(save)
     return result
-
-
-def _measured(put: Callable[[], None], metrics: Mapping[str, Metric], model: nn.Module) -> dict[str, Measured]:
-    put()
-    return measure(metrics, model)
 
 
 def _resumed(result: Result, path: str | os.PathLike[str]) -> Result:

@@ -355,16 +355,18 @@ STYLE = """\
 @media (prefers-color-scheme: dark) { :root { --line: #444; --soft: #262626; --text: #e6e6e6; --page: #181818; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 1100px;
        margin: 2em auto; padding: 0 1em; }
-nav a { margin-right: 1em; }
-.scroll { overflow-x: auto; }
+nav a { display: inline-block; margin-right: 1em; }
+.scroll, figure { overflow-x: auto; }
 table { border-collapse: collapse; margin: 0.5em 0 1.5em; font-size: 13px; }
-caption { text-align: left; font-weight: 600; padding: 0.4em 0; }
+caption { text-align: left; text-wrap: balance; font-weight: 600; padding: 0.4em 0; }
 th, td { padding: 0.3em 0.7em; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top;
          font-variant-numeric: tabular-nums; white-space: nowrap; }
 th { background: var(--soft); }
-.left { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 5em; }
-figure { margin: 1em 0; } figcaption { font-size: 13px; }
-img { width: 100%; background: white; border-radius: 6px; }"""
+.left { text-align: left; }
+td.left { white-space: normal; overflow-wrap: anywhere; }
+figure { margin: 1em 0; } figcaption { font-size: 13px; position: sticky; left: 0; }
+img { max-width: max(100%, 45em); background: white; border-radius: 6px; }"""
+NARROWEST = 20  # characters that a column of text has room for on the narrowest screen, where it is as long
 
 
 def as_html(title: str, sections: Sequence[Section]) -> str:
@@ -377,7 +379,7 @@ def as_html(title: str, sections: Sequence[Section]) -> str:
     )
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width">\n<title>{html.escape(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
         f"<style>\n{STYLE}\n</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n<nav>{links}</nav>\n{body}\n"
         "</body>\n</html>\n"
     )
@@ -403,22 +405,21 @@ def _html_block(block: str | Table | Figure) -> str:
 
 
 def _html_table(table: Table) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
+    lengths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
+
+    def line(cells: Sequence[str], tag: str, styles: Sequence[str]) -> str:
+        tags = [f'{tag} class="left"{style}' for style in styles[: table.num_left]] + [tag] * len(cells)
         return (
             "<tr>"
-            + "".join(
-                f'<{tag} class="left">{html.escape(cell)}</{tag}>'
-                if i < table.num_left
-                else f"<{tag}>{html.escape(cell)}</{tag}>"
-                for i, cell in enumerate(cells)
-            )
+            + "".join(f"<{opening}>{html.escape(cell)}</{tag}>" for opening, cell in zip(tags, cells, strict=False))
             + "</tr>"
         )
 
-    rows = "\n".join(line(row, "td") for row in table.rows)
+    head = line(table.header, "th", [f' style="min-width: {min(length, NARROWEST)}ch"' for length in lengths])
+    rows = "\n".join(line(row, "td", [""] * len(row)) for row in table.rows)
     return (
         f'<div class="scroll"><table>\n<caption>{html.escape(table.title)}</caption>\n'
-        f"<thead>{line(table.header, 'th')}</thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>"
+        f"<thead>{head}</thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>"
     )
 
 

@@ -72,6 +72,36 @@ class Measurements:
         }
 
 
+EXAMPLES = "examples/"  # before a metric's name, where files have its examples
+
+
+@dataclass(frozen=True)
+class PointByPoint:
+    """A result that is measured point by point, and kept in a file before it is finished.
+
+    measurements  at all points, in the order of computation
+    metadata      what the measurements are of: with another, they are not continued
+    """
+
+    measurements: Measurements
+    metadata: dict[str, Any]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a ``.npz`` file, finished or not."""
+        fields = {**vars(self), **vars(self.measurements)}
+        del fields["measurements"], fields["examples"]
+        fields |= {f"{EXAMPLES}{name}": pairs for name, pairs in self.measurements.examples.items()}
+        return save_npz(path, type(self).__name__, fields)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what :meth:`save` wrote."""
+        fields = load_npz(path, cls.__name__)
+        examples = {key.removeprefix(EXAMPLES): fields.pop(key) for key in list(fields) if key.startswith(EXAMPLES)}
+        measured = {name: fields.pop(name) for name in ("names", "values", "stderr", "done")}
+        return cls(**fields, measurements=Measurements(**measured, examples=examples))
+
+
 class Saved:
     """A dataclass that is kept in a ``.npz`` file, under its class's name."""
 

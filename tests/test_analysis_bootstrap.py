@@ -96,6 +96,14 @@ def test_undefined_resamples_are_left_out_while_they_are_few() -> None:
     assert found.estimate.tolist() == [50, 50]
 
 
+def test_limits_may_be_infinite() -> None:
+    # Where a fit peaks, say, which in some resamples it never does.
+    draws = np.append(np.arange(90.0), np.full(10, np.inf))
+    found = interval(50.0, draws, num_units=10**6, method="percentile", confidence=0.9)
+    assert (found.low, found.high) == (5, np.inf)
+    assert interval(50.0, draws, num_units=10**6, method="percentile", confidence=0.5).high == 74
+
+
 def test_a_statistic_that_does_not_vary_has_no_width() -> None:
     for method in ("percentile", "expanded", "bca"):
         assert bootstrap(lambda x: 2.0, VALUES, method=method, num_resamples=20) == (2, 2, 2)

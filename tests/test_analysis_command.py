@@ -18,6 +18,7 @@ import rlhf.ppo
 import soupkit
 from analysis import Hessian, IdealFrontier, KLGeometry, KLMatrix, Line, Plane, RewardKLFrontier
 from analysis.__main__ import main
+from analysis.divergence import Samples
 from analysis.inputs import read_checkpoints
 from analysis.metrics import measure
 from rlhf.command_line import run_command
@@ -153,7 +154,11 @@ def test_plane_marks_a_soup_and_goes_on_after_an_interrupt(
 
 @pytest.mark.usefixtures("undrawn")
 def test_kl_gives_the_matrix_and_with_ingredients_the_geometry(
-    checkpoints: dict[str, Path], prompt_file: Path, tmp_path: Path
+    checkpoints: dict[str, Path],
+    prompt_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     models = [checkpoints[name] for name in ("first", "second", "third")]
     sampling = ["--prompts", prompt_file, *SAMPLING, "--output"]
@@ -171,6 +176,23 @@ def test_kl_gives_the_matrix_and_with_ingredients_the_geometry(
     numbers = json.loads((tmp_path / "geometry" / "kl.json").read_text(encoding="utf-8"))
     assert numbers["mean"] == geometry.mean.tolist()
     assert "triangle_gap" in (tmp_path / "geometry" / "tables.md").read_text(encoding="utf-8")
+
+    calls: list[int] = []
+    compare = Samples.compare
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return compare(*arguments)
+
+    monkeypatch.setattr(Samples, "compare", interrupted)
+    assert run("kl", *models, *sampling, tmp_path / "cut") == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted: go on with --resume"
+    assert run("kl", *models, *sampling, tmp_path / "cut", "--resume") == 0
+    assert len(calls) == 4
+    assert not list(tmp_path.glob("*unfinished*"))
+    np.testing.assert_array_equal(KLMatrix.load(tmp_path / "cut" / "kl.npz").mean, matrix.mean)
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from itertools import permutations, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import EOS, WORDS, make_gpt2, make_llama, make_tokenizer
+from helpers import EOS, WORDS, as_ranks, forked, make_gpt2, make_llama, make_tokenizer
 from transformers import LlamaForCausalLM
 
-from analysis import KLMatrix, kl_matrix
+from analysis import KLMatrix, kl_geometry, kl_matrix
 from analysis.divergence import Samples
 from rlhf.data import Prompt
 from rlhf.metrics import Estimate
@@ -133,6 +135,62 @@ def test_models_are_left_as_they_were(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.mean, matrix.mean)
     np.testing.assert_array_equal(loaded.stderr, matrix.stderr)
     assert (loaded.names, loaded.metadata) == (matrix.names, matrix.metadata)
+
+
+@pytest.mark.parametrize("ingredients", [None, ["a", "b"]], ids=["matrix", "geometry"])
+def test_rows_are_kept_and_gone_on_with(
+    ingredients: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {name: llama(seed) for seed, name in enumerate("abc")}
+
+    def measured(*, changed: dict[str, LlamaForCausalLM] | None = None, tokens: int = 2, **options: Any) -> KLMatrix:
+        settings = {"max_new_tokens": tokens, "progress": False, **options}
+        arguments = (models | (changed or {}), [Prompt("", [1]), Prompt("", [3])], make_tokenizer(SPECIAL))
+        return (
+            kl_geometry(*arguments, ingredients=ingredients, **settings)
+            if ingredients
+            else kl_matrix(*arguments, **settings)
+        )
+
+    whole, file, compared = measured(), tmp_path / "rows.npz", Samples.compare
+    calls: list[int] = []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return compared(*arguments)
+
+    monkeypatch.setattr(Samples, "compare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measured(save=file)
+    with pytest.raises(FileExistsError, match=r"rows.npz: exists already; continue it with resume=True"):
+        measured(save=file)
+    for settings, what in (({"tokens": 3}, "max_new_tokens=2, now 3"), ({"changed": {"a": llama(7)}}, "with models=")):
+        with pytest.raises(ValueError, match=what):
+            measured(save=file, resume=True, **settings)
+    resumed = measured(save=file, resume=True)
+    assert len(calls) == len(whole.names) + 1  # the rows that were kept are not measured again
+    for field, value in vars(whole).items():
+        np.testing.assert_equal(getattr(resumed, field), value)
+
+
+def test_processes_share_the_rows(tmp_path: Path) -> None:
+    models, prompts = {name: llama(seed) for seed, name in enumerate("abc")}, [Prompt("", [1]), Prompt("", [3])]
+
+    def measured() -> KLMatrix:
+        return kl_matrix(models, prompts, make_tokenizer(SPECIAL), max_new_tokens=2, progress=False)
+
+    def in_a_process() -> None:
+        calls: list[int] = []
+        compared = Samples.compare
+        Samples.compare = lambda *arguments: calls.append(1) or compared(*arguments)  # type: ignore
+        matrix = measured()
+        (tmp_path / os.environ["RANK"]).write_text(f"{len(calls)} {matrix.mean.tolist()}", encoding="utf-8")
+
+    assert forked(*as_ranks(in_a_process)) == [0, 0]
+    mean = measured().mean.tolist()
+    assert {(tmp_path / rank).read_text() for rank in "01"} == {f"2 {mean}", f"1 {mean}"}
 
 
 def test_dropout_is_off_whatever_the_models_mode() -> None:

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.lines import Line2D
 from matplotlib.patches import Ellipse
 from test_analysis_plots import close_figures, texts
 
@@ -92,6 +93,9 @@ def test_overoptimisation_draws_points_fit_and_peak() -> None:
     assert curve.get_xdata()[-1] == 5
     assert points.get_xydata()[:, 1].tolist() == gold.ravel().tolist()
     assert peak.get_xdata()[0] == pytest.approx(2.5, abs=0.2)
+    legend = ax.get_legend()
+    assert legend is not None
+    assert points.get_marker() in [line.get_marker() for line in legend.findobj(Line2D)]
 
 
 def test_exploration_shows_models_beside_the_reference() -> None:

@@ -239,6 +239,14 @@ def test_every_cell_of_a_page_is_escaped() -> None:
     assert not {"section", "text", "b", "c", "d"} & set(Reader(text).tags)
 
 
+def test_columns_of_text_keep_their_words_whole_on_a_narrow_screen() -> None:
+    table = Table("Title", ["setting", "run", "value"], [["max_new_tokens", "x" * 99, "1"]], num_left=2)
+    text = as_html("Page", [Section("Section", [table])])
+    assert '<th class="left" style="min-width: 14ch">setting</th>' in text
+    assert '<th class="left" style="min-width: 20ch">run</th><th>value</th>' in text
+    assert f'<tr><td class="left">max_new_tokens</td><td class="left">{"x" * 99}</td><td>1</td></tr>' in text
+
+
 def test_a_table_that_cannot_be_made_says_why() -> None:
     def fail() -> Table:
         raise ValueError("of one seed")

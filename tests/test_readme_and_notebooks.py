@@ -1,4 +1,4 @@
-"""The README's commands and Python, and the notebooks, run: with a barely trained task and tiny settings."""
+"""What the README, the page on measuring and the notebooks show runs: with a barely trained task and tiny settings."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from rlhf.command_line import run_command
 from rlhf.reviews import ReviewsTask, task
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MEASURING = (ROOT / "docs" / "analysis.md").read_text(encoding="utf-8")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 TINY_STAGE = ["--epochs", "0.5", "--batch_size", "8"]
@@ -35,6 +36,7 @@ TINY_ANALYSIS = {
     "plane": ["--steps", "2"],
     "kl": TINY_SAMPLING,
     "frontier": TINY_SAMPLING,
+    "curvature": ["--num_examples", "4", "--num_eigenvalues", "1", "--num_probes", "1"],
 }
 # module -> (its main, flags that make it quick)
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], list[str]]] = {
@@ -43,6 +45,14 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], list[str]]] = {
     "rlhf.ppo": (lambda argv: run_command(rlhf.ppo.main, argv), TINY_PPO),
     "soupkit": (soupkit.__main__.main, []),
     "analysis": (lambda argv: run_command(analysis.__main__.main, [*argv, *TINY_ANALYSIS[argv[0]]]), []),
+}
+# what docs/analysis.md says -> what makes its Python quick
+TINY_MEASURING = {
+    r"steps=\d+": "steps=3",
+    r"prompts \* 4": "prompts[:4]",
+    r"examples\[:\d+\]": "examples[:4]",
+    r"num_samples=\d+": "num_samples=64",
+    r"max_new_tokens(=|\": )\d+": r"max_new_tokens\g<1>8",
 }
 # notebook -> parameters that make it quick
 TINY_NOTEBOOKS = {
@@ -54,9 +64,9 @@ TINY_NOTEBOOKS = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    """The README's code blocks in a language."""
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    """A page's code blocks in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +116,36 @@ def test_every_command_of_the_readme_runs(workspace: Path, capsys: pytest.Captur
     assert (workspace / "path.png").stat().st_size > 0
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+def test_every_snippet_of_the_page_on_measuring_runs(workspace: Path, cached: ReviewsTask) -> None:
+    Path("reviews").symlink_to(cached.folder)
+    setup, *later = [block.replace("\\\n", "") for block in blocks("bash", MEASURING)]
+    (average,) = re.findall(r"python -m soupkit (.*)", setup)
+    assert soupkit.__main__.main(shlex.split(average)) == 0
+    (ppo,) = re.findall(r"python -m rlhf.ppo (.*) \"\$@\"", setup)
+    for seed in "01":
+        for line in re.findall(r"  ppo (.*)", setup):
+            main, tiny = COMMANDS["rlhf.ppo"]
+            assert main([*shlex.split(f"{ppo} {line.replace('$seed', seed)}"), *tiny, "--updates", "8"]) == 0
+
+    names: dict[str, object] = {}
+    for program in blocks("python", MEASURING):
+        for said, quick in TINY_MEASURING.items():
+            program = re.sub(said, quick, program)
+        exec(compile(program, "docs/analysis.md", "exec"), names)
+    assert len(list(Path("figures").glob("*.png"))) >= 12
+
+    commands = [shlex.split(line) for block in later for line in re.findall(r"^python -m analysis (.*)", block, re.M)]
+    assert {command for command, *_ in commands} == {"line", "plane", "kl", "frontier", "curvature", "report"}
+    main, _ = COMMANDS["analysis"]
+    for command in commands:
+        assert main(command) == 0, command
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "analysis.md"], ids=lambda path: path.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
     assert links
-    assert not [link for link in links if not (ROOT / link).exists()]
+    assert not [link for link in links if not (page.parent / link).exists()]
 
 
 def test_the_readme_names_every_module() -> None:

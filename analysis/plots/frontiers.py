@@ -101,20 +101,24 @@ def plot_overoptimisation(
     A vertical line marks the peak where it lies among the points. ``style`` goes to ``Axes.plot`` for the curves.
     """
     ax = new_axes(ax, 6, 4.4)
+    drawn = []
     for (label, fit), color, marker in zip(fits.items(), cycle(COLORS), cycle(MARKERS), strict=False):
         roots = np.sqrt(np.maximum(fit.kl, 0)).ravel()
         along = np.linspace(0, roots.max(), 200)
         mean, low, high = fit.predict(along**2)
         options: dict[str, Any] = {"color": color, "linewidth": 1.8, "label": label}
-        ax.plot(along, mean, **options | style)
+        (curve,) = ax.plot(along, mean, **options | style)
         ax.fill_between(along, low, high, color=color, alpha=BAND_ALPHA, linewidth=0)
-        ax.plot(roots, fit.reward.ravel(), marker, color=color, markersize=4, alpha=0.7)
+        (points,) = ax.plot(roots, fit.reward.ravel(), marker, color=color, markersize=4, alpha=0.7)
+        drawn.append((curve, points))
         peak = np.sqrt(fit.peak_kl.estimate)
         if roots.min() < peak < roots.max():
             ax.axvline(peak, color=color, linewidth=1, linestyle=":")
     top = ax.secondary_xaxis("top", functions=(np.square, lambda kl: np.sqrt(np.maximum(kl, 0))))
     top.set_xlabel("KL (nats per response)")
-    return finish(ax, "√KL (√nats)", label_of(y))
+    finish(ax, "√KL (√nats)", label_of(y))
+    ax.legend(drawn, list(fits), frameon=False)  # each curve with the marker of its points
+    return ax
 
 
 def _draw_regions(ax: Axes, kl: np.ndarray, reward: np.ndarray, ellipses: np.ndarray, color: Any) -> None:
