@@ -104,7 +104,7 @@ class Results:
     def _place(self, row: Row) -> tuple[Any, ...]:
         """Where a row stands, whenever it was made: in the order of the configuration, then by β, none first."""
         study = self.study
-        orders = {
+        orders: dict[str, list[Any]] = {
             "table": ["stages", MODELS, RUNS],
             "regime": ["", *study.regimes],
             "draw": list(study.draws),
@@ -113,7 +113,7 @@ class Results:
             "reference": list(study.measure.models),
             "name": ["", *study.stages, *study.arms],
         }
-        places = [order.index(row[name]) for name, order in orders.items() if name in row]  # type: ignore[arg-type]
+        places = [order.index(row[name]) for name, order in orders.items() if name in row]
         kl_coef = float(row.get("kl_coef", math.nan))
         return (*places, -1.0 if math.isnan(kl_coef) else kl_coef)
 
