@@ -36,7 +36,7 @@ from rlhf.models import ScalarHeadModel, context_length, load_scalar_head_model,
 from rlhf.rewards import last_token_scores
 from rlhf.stage import Stage
 from rlhf.stage_figures import draw_losses, draw_reliability
-from rlhf.stage_folder import StageConfig, StageFolder
+from rlhf.stage_folder import StageConfig, StageFolder, training_data
 from rlhf.training import ALONE, Objective, Optimization, OptimizationConfig, measured, minimise
 
 
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = StageFolder(config)
     tokenizer = load_tokenizer(config.model)
     max_tokens = min(config.max_tokens, context_length(config.model) or config.max_tokens)
-    pairs = config.load(lambda path: load_pairs(path, tokenizer, max_tokens))
+    pairs = training_data(config, lambda path: load_pairs(path, tokenizer, max_tokens))
     held_out = load_pairs(config.test_data, tokenizer, max_tokens) if config.test_data else []
     processes = DataParallel.launched()
     torch.manual_seed(config.seed)  # the new head is drawn at random

@@ -31,7 +31,7 @@ from rlhf.micro_batches import batch_rows
 from rlhf.models import context_length, load_causal_lm, load_tokenizer
 from rlhf.stage import Stage
 from rlhf.stage_figures import draw_losses
-from rlhf.stage_folder import StageConfig, StageFolder
+from rlhf.stage_folder import StageConfig, StageFolder, training_data
 from rlhf.training import ALONE, Objective, Optimization, OptimizationConfig, measured, minimise
 
 
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = StageFolder(config)
     tokenizer = load_tokenizer(config.model)
     max_tokens = min(config.max_tokens, context_length(config.model) or config.max_tokens)
-    examples = config.load(lambda path: load_examples(path, tokenizer, max_tokens))
+    examples = training_data(config, lambda path: load_examples(path, tokenizer, max_tokens))
     held_out = load_examples(config.test_data, tokenizer, max_tokens) if config.test_data else []
     processes = DataParallel.launched()
     model = load_causal_lm(folder.model_path, device=PartialState().device)

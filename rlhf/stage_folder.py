@@ -61,9 +61,10 @@ class StageConfig(OptimizationConfig):
             name = "eval_every" if self.eval_every else "keep_best"
             raise ValueError(f"{name}: there is nothing to evaluate on; give held-out data with --test_data FILE")
 
-    def load(self, read: Callable[[str], list[Item]]) -> list[Item]:
-        """The training data, each file read by ``read``."""
-        return [item for path in self.data for item in read(path)][: self.max_examples]
+
+def training_data(config: StageConfig, read: Callable[[str], list[Item]]) -> list[Item]:
+    """The items of all files of training data, each read by ``read``; the first ones where not all are wanted."""
+    return [item for path in config.data for item in read(path)][: config.max_examples]
 
 
 class StageFolder:

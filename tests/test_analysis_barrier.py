@@ -21,7 +21,8 @@ def line_of(values: list[float], t: list[float] | None = None, coordinates: dict
     t = list(np.linspace(0, 1, len(values))) if t is None else t
     done = np.ones(len(values), dtype=bool)
     measurements = Measurements(["loss"], np.array([values]), np.full((1, len(values)), 0.1), done)
-    return Line({"a": 0.0, "b": 1.0} if coordinates is None else coordinates, measurements, {}, np.array(t), 3.0)
+    coordinates = {"a": 0.0, "b": 1.0} if coordinates is None else coordinates
+    return Line(measurements=measurements, metadata={}, coordinates=coordinates, t=np.array(t), length=3.0)
 
 
 # ── Definitions ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -116,6 +116,7 @@ def test_every_command_of_the_readme_runs(workspace: Path, capsys: pytest.Captur
     assert (workspace / "path.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_every_snippet_of_the_page_on_measuring_runs(workspace: Path, cached: ReviewsTask) -> None:
     Path("reviews").symlink_to(cached.folder)
     setup, *later = [block.replace("\\\n", "") for block in blocks("bash", MEASURING)]

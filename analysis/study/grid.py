@@ -137,7 +137,8 @@ def run_study(study: Study, cases: Sequence[Case], workers: Workers, *, again: b
         jobs = {pool.submit(measure_models, study, *pair): pair for pair in unmeasured}
         for _, (models, points), seconds in _done(jobs, "models"):
             results.store(MODELS, models)
-            results.store(PREDICTIONS, points)
+            if points:
+                results.store(PREDICTIONS, points)
             results.store(TIMINGS, [_timing(seconds, workers)])
         if again:
             for folder in {study.run_folder(case) for case in missing}:
