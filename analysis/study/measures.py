@@ -39,7 +39,7 @@ from rlhf.evaluation import compare, evaluate_loss, evaluation_of
 from rlhf.metrics import read_json_lines
 from rlhf.models import evaluating, load_causal_lm, load_tokenizer
 from rlhf.randomness import generator
-from rlhf.reference import ReferenceSettings, Source, load_model_reference
+from rlhf.reference import ModelReference, ReferenceSettings, Source, load_model_reference
 from rlhf.rewards import Reward, load_reward
 from rlhf.rollout import sample
 
@@ -63,9 +63,9 @@ class Measures:
             HELD_OUT: load_prompts(filled(study.measure.held_out, paths), self.tokenizer),
         }
         self.start: PreTrainedModel = load_causal_lm(policy, device=device)
-        self._models: dict[str, Source] = {}
+        self._models: dict[str, ModelReference] = {}
 
-    def model(self, name: str) -> Source:
+    def model(self, name: str) -> ModelReference:
         """A model of the study's ``measure.models``."""
         if name not in self._models:
             given = filled(self.study.measure.models[name], self.paths)
@@ -82,7 +82,7 @@ class Measures:
         """
         row: dict[str, float] = {}
         golds: dict[str, np.ndarray] = {}
-        others = {name: self.model(name) for name in self.study.measure.kl}
+        others: dict[str, Source] = {name: self.model(name) for name in self.study.measure.kl}
         parts = {f"{OWN}/{name}": source for name, (_, source) in reference.items()}
         for where, prompts in self.prompts.items():
             rollout = sample(
@@ -119,7 +119,7 @@ class Measures:
         examples = load_examples(loss, self.tokenizer) if loss else []
         measured = {}
         for name in (START, *self.study.measure.models):
-            model = self.start if name == START else self.model(name).model  # type: ignore[attr-defined]
+            model = self.start if name == START else self.model(name).model
             row, golds = self.of_policy(model, {})
             if examples:
                 row["loss"] = evaluate_loss(model, examples, self.tokenizer.pad_token_id).mean
@@ -145,7 +145,7 @@ class Measures:
         found = {}
         for name in predict.references:
             samples = score_samples(
-                self.model(name).model,  # type: ignore[attr-defined]
+                self.model(name).model,
                 self.rewards["proxy_reward"],
                 self.prompts[""],
                 self.tokenizer,
