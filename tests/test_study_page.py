@@ -63,7 +63,7 @@ def test_page_of_its_own(tmp_path: Path) -> None:
     path = write_page(reviews_study(2, tmp_path), NOTHING)
     assert path == tmp_path / "README.md"
     text = path.read_text(encoding="utf-8")
-    assert "0 of 116 runs are there; this is no result yet" in text
+    assert "0 of its 62 runs are there; this is no result yet" in text
     assert re.findall(r"^### (.*)", text, flags=re.M) == ["The four statements"]
 
 

@@ -114,10 +114,12 @@ def _sections(study: Study, tables: Tables) -> list[Section]:
 
 def _claims(study: Study, tables: Tables) -> Section:
     compare, found = study.compare, claims(study, tables)
-    cases = list(study.cases())
+    cases = [case for case in study.cases() if case.regime == compare.regime]
     done = {(row["regime"], row["draw"], row["arm"], _beta(row["kl_coef"])) for row in tables.runs}
     num_done = sum((case.regime, case.draw, case.arm, _beta(case.kl_coef)) in done for case in cases)
-    state = "" if num_done == len(cases) else f" **{num_done} of {len(cases)} runs are there; this is no result yet.**"
+    state = (
+        "" if num_done == len(cases) else f" **{num_done} of its {len(cases)} runs are there; this is no result yet.**"
+    )
     intro = (
         f"{compare.treatment} − {compare.baseline} in regime {compare.regime}, one number a draw, paired within it; "
         f"{len(study.draws)} draws.{state} The interval is the 95 % one of each statement alone. The verdict is by p "
@@ -336,11 +338,11 @@ def _regimes(study: Study, tables: Tables) -> Section | None:
     views = {name: Outcomes(study, tables, name) for name in study.regimes}
     common = [arm for arm in study.arms if all(arm in view.arms() for view in views.values())]
     others = [arm for arm in common if arm != compare.baseline]
-    if len(views) < 2 or not others:
-        return None
     rows = []
     for name, view in views.items():
         for arm in others:
+            if not np.isfinite(view.measured(arm, GOLD, compare.kl_coef)).any():
+                continue
             inside, outside = (_less(seen, arm, compare.axis) for seen in (view, _held_out(view)))
             against = _less(view, arm, compare.axis, minus=compare.treatment)
             rows.append(
@@ -354,6 +356,8 @@ def _regimes(study: Study, tables: Tables) -> Section | None:
                     _mean(effect(view.measured(compare.baseline, GOLD, compare.kl_coef))),
                 ]
             )
+    if len({row[0] for row in rows}) < 2:
+        return None
     described = "; ".join(f"({name}) {regime.description}" for name, regime in study.regimes.items())
     intro = (
         f"Regimes: {described}. Gold less {compare.baseline}'s at equal {_kl_name(compare.axis)}, at equal β = "
