@@ -14,6 +14,7 @@ from helpers import ROOT
 from nbclient import NotebookClient
 
 import analysis.__main__
+import analysis.study.__main__
 import rlhf.ppo
 import rlhf.reward_model
 import rlhf.sft
@@ -45,6 +46,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], list[str]]] = {
     "rlhf.ppo": (lambda argv: run_command(rlhf.ppo.main, argv), TINY_PPO),
     "soupkit": (soupkit.__main__.main, []),
     "analysis": (lambda argv: run_command(analysis.__main__.main, [*argv, *TINY_ANALYSIS[argv[0]]]), []),
+    "analysis.study": (lambda argv: run_command(analysis.study.__main__.main, argv), ["--report"]),
 }
 # what docs/analysis.md says -> what makes its Python quick
 TINY_MEASURING = {
@@ -86,6 +88,9 @@ def workspace(cached: ReviewsTask, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         shutil.copy(cached.folder / f"sft{number}.jsonl", f"demonstrations{number}.jsonl")
     shutil.copy(cached.pairs, "pairs.jsonl")
     shutil.copy(cached.prompts, "prompts.jsonl")
+    shutil.copytree(ROOT / "study", "study", ignore=shutil.ignore_patterns("work", "figures"))
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "study.md", "docs")
     return tmp_path
 
 
@@ -107,6 +112,8 @@ def test_every_command_of_the_readme_runs(workspace: Path, capsys: pytest.Captur
     for name in ("report.html", "path/loss.png", "plane/loss-surface.svg", "distances/kl.npz", "ideal/tables.md"):
         assert (workspace / name).stat().st_size > 0, name
     assert len(list((workspace / "runs").glob("*/summary.json"))) == 1
+    page = Path("docs", "study.md").read_text(encoding="utf-8")
+    assert page == (ROOT / "docs" / "study.md").read_text(encoding="utf-8"), "not what the stored results give"
     assert "gold reward" in capsys.readouterr().out
 
     # The Python block goes on where the commands ended.
