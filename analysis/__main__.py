@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from analysis import (
 )
 from analysis.divergence import KLMatrix
 from analysis.frontier import KL, SampledFrontier
-from analysis.inputs import METRICS_HELP, read_checkpoints, read_groups, read_metrics, read_rewards
+from analysis.inputs import METRICS_HELP, Parser, read_checkpoints, read_groups, read_metrics, read_rewards
 from analysis.landscape import Landscape
 from analysis.report import read_runs, write_report
 from analysis.tables import Table, to_json
@@ -66,12 +66,6 @@ tables (.md) and figures (.png, .svg) to a new folder, which is whole or absent.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Raise, so that a wrong flag is reported in one line like any other bad input."""
-        raise ValueError(message)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Raises ValueError or OSError for bad input, before long work where it can be known then.
 
@@ -86,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m analysis",
         description=DESCRIPTION,
         epilog=EXAMPLES,

@@ -10,11 +10,12 @@ METRIC    loss=FILE              demonstrations: nats per response token
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Mapping, Sequence
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from analysis import metrics
 from analysis.exploration import policy_of
@@ -28,6 +29,14 @@ REWARDS = ("proxy_reward", "gold_reward")
 # A name before "=": what has a slash or a plus is the start of a path that contains "=".
 _NAMED = re.compile(r"([\w. -]+)=(.+)")
 METRICS_HELP = "loss=FILE, proxy_reward=REWARD, gold_reward=REWARD, reward/NAME=REWARD, kl=CKPT, kl/NAME=CKPT, entropy"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are reported in one line like any other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ValueError."""
+        raise ValueError(message)
 
 
 def named_texts(texts: Sequence[str], what: str) -> dict[str, str]:

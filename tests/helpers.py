@@ -159,6 +159,18 @@ def share_of_a_until_killed(prompts: list[str], responses: list[str]) -> list[fl
     return share_of_a(prompts, responses)
 
 
+def interrupted_at(call: int, function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    """The function, interrupted as by Ctrl-C at call number ``call``; ``calls`` grows by one at each."""
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return interrupted
+
+
 def run_python(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter on this repository and these helpers, with one thread as here."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ppo_arguments, run_python
+from helpers import interrupted_at, ppo_arguments, run_python
 from matplotlib.figure import Figure
 
 import analysis.points
@@ -127,16 +127,8 @@ def test_plane_marks_a_soup_and_goes_on_after_an_interrupt(
         "plane.npz", "plane.json", "tables.md", *pictures("loss", "loss-surface"),
     }  # fmt: skip
 
-    calls: list[int] = []
-
-    def interrupted(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return measure(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(analysis.points, "measure", interrupted)
+        patch.setattr(analysis.points, "measure", interrupted_at(4, measure, []))
         assert run(*command, tmp_path / "cut") == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted: go on with --resume"
     assert not (tmp_path / "cut").exists()
@@ -178,15 +170,7 @@ def test_kl_gives_the_matrix_and_with_ingredients_the_geometry(
     assert "triangle_gap" in (tmp_path / "geometry" / "tables.md").read_text(encoding="utf-8")
 
     calls: list[int] = []
-    compare = Samples.compare
-
-    def interrupted(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return compare(*arguments)
-
-    monkeypatch.setattr(Samples, "compare", interrupted)
+    monkeypatch.setattr(Samples, "compare", interrupted_at(2, Samples.compare, calls))
     assert run("kl", *models, *sampling, tmp_path / "cut") == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted: go on with --resume"
     assert run("kl", *models, *sampling, tmp_path / "cut", "--resume") == 0

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import EOS, WORDS, as_ranks, forked, make_gpt2, make_llama, make_tokenizer
+from helpers import EOS, WORDS, as_ranks, forked, interrupted_at, make_gpt2, make_llama, make_tokenizer
 from transformers import LlamaForCausalLM
 
 from analysis import KLMatrix, kl_geometry, kl_matrix
@@ -152,16 +152,9 @@ def test_rows_are_kept_and_gone_on_with(
             else kl_matrix(*arguments, **settings)
         )
 
-    whole, file, compared = measured(), tmp_path / "rows.npz", Samples.compare
+    whole, file = measured(), tmp_path / "rows.npz"
     calls: list[int] = []
-
-    def interrupted(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return compared(*arguments)
-
-    monkeypatch.setattr(Samples, "compare", interrupted)
+    monkeypatch.setattr(Samples, "compare", interrupted_at(3, Samples.compare, calls))
     with pytest.raises(KeyboardInterrupt):
         measured(save=file)
     with pytest.raises(FileExistsError, match=r"rows.npz: exists already; continue it with resume=True"):

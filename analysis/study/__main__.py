@@ -6,11 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
+from analysis.inputs import Parser
 from analysis.study.config import Case, Study
 from analysis.study.effects import read_tables
-from analysis.study.grid import StudyError, Workers, run_study
+from analysis.study.grid import Workers, run_study
 from analysis.study.page import write_page
 from rlhf.command_line import run_command
 
@@ -30,12 +31,6 @@ may be deleted. Exit codes: 0 done; 1 some runs ended by themselves (they are na
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Raise, so that a wrong flag is reported in one line like any other bad input."""
-        raise ValueError(message)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the study. Raises ValueError or OSError for bad input, and KeyboardInterrupt that says how to go on."""
     arguments = _parser().parse_args(argv)
@@ -46,8 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         workers = Workers(arguments.workers or max(1, (os.cpu_count() or 1) // arguments.threads), arguments.threads)
         try:
             failed = run_study(study, cases, workers, again=arguments.again)
-        except StudyError as error:
-            raise ValueError(str(error)) from None
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the same command goes on") from None
     print(write_page(study, read_tables(study.results)))
@@ -76,7 +69,7 @@ def _chosen(study: Study, arguments: argparse.Namespace) -> list[Case]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m analysis.study",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -51,7 +51,7 @@ from rlhf.metrics import replace_text
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
-class StudyError(RuntimeError):
+class StudyError(ValueError):
     """A command failed; the text says which, and where its output is."""
 
 

@@ -35,9 +35,9 @@ from analysis.frontier import frontier_of_samples, score_samples
 from analysis.study.config import START, Study, filled
 from analysis.study.store import HELD_OUT
 from rlhf.data import load_examples, load_prompts
-from rlhf.evaluation import compare, evaluate_loss, evaluation_of
+from rlhf.evaluation import evaluate, evaluate_loss
 from rlhf.metrics import read_json_lines
-from rlhf.models import evaluating, load_causal_lm, load_tokenizer
+from rlhf.models import load_causal_lm, load_tokenizer
 from rlhf.randomness import generator
 from rlhf.reference import ModelReference, ReferenceSettings, Source, load_model_reference
 from rlhf.rewards import Reward, load_reward
@@ -94,10 +94,8 @@ class Measures:
                 generator=generator(self.seed, f"study {where}"),
                 batch_size=BATCH,
             )
-            with evaluating(policy):
-                compared = compare(policy, rollout, others | parts, temperature=self.temperature, batch_size=BATCH)
             scores = {name: reward(rollout) for name, reward in self.rewards.items()}
-            found = evaluation_of(rollout, scores, compared.entropy, compared.kl)
+            found = evaluate(policy, rollout, scores, others | parts, temperature=self.temperature, batch_size=BATCH)
             responses = response_tokens(rollout, self.tokenizer.eos_token_id)
             own = sum(weight * found.kl[f"{OWN}/{name}"].mean for name, (weight, _) in reference.items())
             measured = {
