@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,6 +40,18 @@ def publishing(folder: str | Path) -> Iterator[Path]:
     """
     with published_folder(require_new(folder), overwrite=False) as partial:
         yield partial
+
+
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """The folder, made by ``make`` where it is not there, by several processes at once too."""
+    if not folder.is_dir():
+        try:
+            make(folder)
+        except OSError:
+            # Another process may have published the same meanwhile: its folder is as good as ours.
+            if not folder.is_dir():
+                raise
+    return folder
 
 
 def save_model(

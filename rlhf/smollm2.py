@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf.checkpointing import cache_directory, publishing, require_new, save_model
+from rlhf.checkpointing import cache_directory, made_once, publishing, require_new, save_model
 from rlhf.command_line import parse_config, required, run_command, setting
 from rlhf.metrics import table
 from rlhf.models import load_tokenizer
@@ -112,8 +112,7 @@ def convert(output: str | Path) -> Path:
 
 def cached_base() -> Path:
     """The converted folder in the cache directory of the built-in task, made on first use."""
-    folder = cache_directory() / "smollm2-135m-instruct"
-    return folder if folder.is_dir() else convert(folder)
+    return made_once(cache_directory() / "smollm2-135m-instruct", convert)
 
 
 @dataclass(frozen=True)

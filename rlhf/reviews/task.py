@@ -43,7 +43,7 @@ from rlhf import (
     sft,
     training,
 )  # fmt: skip
-from rlhf.checkpointing import cache_directory, publishing, save_model
+from rlhf.checkpointing import cache_directory, made_once, publishing, save_model
 from rlhf.data import Example, Pair, Prompt
 from rlhf.evaluation import evaluate_loss
 from rlhf.metrics import Estimate, mean_estimate, write_json, write_json_lines
@@ -171,16 +171,12 @@ def cached_task(seed: int = 0, *, sizes: Sizes = FULL) -> ReviewsTask:
     The directory is ``$SOUPKIT_CACHE``, else ``$XDG_CACHE_HOME/soupkit``, else ``~/.cache/soupkit``. The folder's name
     holds a hash of the code and the sizes, so that a change of either makes the task anew.
     """
-    folder = cache_directory() / f"reviews-{version(sizes)}-seed{seed}"
-    if not folder.is_dir():
+
+    def make(folder: Path) -> None:
         print(f"making the reviews task in {folder}: about a minute, only this once", file=sys.stderr)
-        try:
-            make_task(folder, seed, sizes=sizes)
-        except OSError:
-            # Another process may have published the same task meanwhile: its folder is as good as ours.
-            if not folder.is_dir():
-                raise
-    return ReviewsTask(folder)
+        make_task(folder, seed, sizes=sizes)
+
+    return ReviewsTask(made_once(cache_directory() / f"reviews-{version(sizes)}-seed{seed}", make))
 
 
 def version(sizes: Sizes = FULL) -> str:
