@@ -273,16 +273,10 @@ def decode(options: argparse.Namespace) -> None:
     task = QUICK[0] if options.quick else FULL[0] if options.device == "cpu" else SMOLLM2
     dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     engine = options.engine or ("decode" if options.device == "cpu" else "graph")
-    rounds = time_decoding(task, options.device, getattr(torch, dtype), options.repeats, engine)
-    device = {"cuda": torch.cuda.get_device_name} if options.device == "cuda" else {}
-    entry = _setting() | {name: get() for name, get in device.items()}
-    entry |= {
-        "task": vars(task),
-        "dtype": dtype,
-        "engine": engine,
-        "threads": torch.get_num_threads(),
-        "rounds": rounds,
-    }
+    entry = _setting() | {"task": vars(task), "dtype": dtype, "engine": engine, "threads": torch.get_num_threads()}
+    entry["rounds"] = rounds = time_decoding(task, options.device, getattr(torch, dtype), options.repeats, engine)
+    if options.device == "cuda":
+        entry["cuda"] = torch.cuda.get_device_name()
     entry["seconds"] = {name: spread([row[name] for row in rounds]) for name in rounds[0]}
     entry["ratios"] = {name: ratio(rounds, "ours", name) for name in ("generate", "scores")}
     add_result(options.output, f"decode_{options.device}", entry)

@@ -78,7 +78,9 @@ def test_scores_equal_transformers_own_on_unpadded_rows(checkpoints: dict[str, P
 
 @ARCHITECTURES
 @pytest.mark.parametrize(
-    ("read", "scalar"), [(logprobs_of, False), (response_values, True), (scores_of, True)], ids=lambda x: str(x)
+    ("read", "scalar"),
+    [(logprobs_of, False), (response_values, True), (scores_of, True)],
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 @pytest.mark.parametrize(("left", "right"), [(5, 0), (0, 4), (3, 7)])
 def test_more_padding_changes_neither_values_nor_gradients(

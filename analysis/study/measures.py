@@ -93,6 +93,7 @@ class Measures:
                 temperature=self.temperature,
                 generator=generator(self.seed, f"study {where}"),
                 batch_size=BATCH,
+                engine=self.study.ppo.get("engine", "decode"),
             )
             scores = {name: reward(rollout) for name, reward in self.rewards.items()}
             found = evaluate(policy, rollout, scores, others | parts, temperature=self.temperature, batch_size=BATCH)
