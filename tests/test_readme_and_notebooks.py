@@ -61,8 +61,8 @@ TINY_NOTEBOOKS = {
     "01_soup_reference": "UPDATES, EPISODES, STEPS, AVERAGE, SEED, PICTURE = 2, 16, 3, 1, 0, None",
     "02_landscapes": "EPISODES, STEPS, UPDATES, DIRECTIONS, PROBES, SEED = 36, 3, 2, 2, 2, 0",
     "03_kl_geometry": "EPISODES, UPDATES, STEPS, SEED = 72, 2, 3, 0",
-    "04_choose_a_reference": "SAMPLES, UPDATES, EPISODES, MATCHED, SEED, STORED = 64, 2, 16, (0.05,), 0, "
-    f"{str(ROOT / 'benchmarks' / 'references.json')!r}",
+    "04_choose_a_reference": "SAMPLES, MATCHED, DRAW, SEED, STUDY = 64, (0.05,), 1, 0, "
+    f"{str(ROOT / 'study' / 'reviews.yaml')!r}",
 }
 
 
@@ -75,7 +75,9 @@ def blocks(language: str, page: str = README) -> list[str]:
 def cached(tmp_path_factory: pytest.TempPathFactory) -> ReviewsTask:
     """A tiny task where the full one is looked for, so that nothing is made but this."""
     cache = tmp_path_factory.mktemp("cache")
-    return task.make_task(cache / f"reviews-{task.version()}-seed0", sizes=task.TINY)
+    made = task.make_task(cache / f"reviews-{task.version()}-seed0", sizes=task.TINY)
+    (cache / f"reviews-{task.version()}-seed1").symlink_to(made.folder)
+    return made
 
 
 @pytest.fixture
