@@ -195,7 +195,11 @@ def _add_merge_options(command: argparse.ArgumentParser, out: str = "folder to w
     command.add_argument("--allow-pickle", action="store_true", help="read weights, nothing else, from .bin files")
     command.add_argument("--hash", choices=ALGORITHMS, default=DEFAULT, help=f"for soup.json (default: {DEFAULT})")
     command.add_argument("--sync", action="store_true", help="wait until the disk has it all, against a power cut")
-    command.add_argument("--device", default="cpu", help="where to compute, such as cuda (default: cpu)")
+    command.add_argument(
+        "--device",
+        default="cpu",
+        help="where to compute, such as cuda; a merge waits for files, so a GPU seldom helps (default: cpu)",
+    )
     command.add_argument("--threads", type=int, metavar="N", help="default: one for each core")
     command.add_argument("--quiet", action="store_true", help="show no progress bar")
 
