@@ -10,7 +10,8 @@ import numpy as np
 from helpers import ROOT
 
 from analysis.study.config import START, Study
-from analysis.study.effects import Tables, reference_weights
+from analysis.study.effects import Tables
+from analysis.study.references import reference_weights
 from analysis.study.store import HELD_OUT, Row
 
 REACHED = {None: 32.0, 0.02: 26.0, 0.1: 8.5, 0.4: 1.4}  # KL to the start, nats

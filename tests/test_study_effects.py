@@ -14,26 +14,10 @@ from study_tables import reviews_study
 
 from analysis.bootstrap import bootstrap_mean
 from analysis.study.config import Study
-from analysis.study.effects import (
-    TEST_RESAMPLES,
-    Claim,
-    Effect,
-    Outcomes,
-    Tables,
-    arm_of_model,
-    claims,
-    difference,
-    effect,
-    foretold,
-    holm,
-    hypervolumes,
-    less_at_equal_kl,
-    mixing,
-    mixing_weights,
-    overoptimisation,
-    p_value,
-    reference_weights,
-)
+from analysis.study.effects import Outcomes, Tables, difference, hypervolumes, less_at_equal_kl, overoptimisation
+from analysis.study.inference import TEST_RESAMPLES, Effect, effect, holm, p_value
+from analysis.study.questions import Claim, claims, foretold, mixing
+from analysis.study.references import arm_of_model, mixing_weights, reference_weights
 from analysis.study.store import HELD_OUT, Row
 
 BETAS = (0.02, 0.1, 0.4)

@@ -13,8 +13,10 @@ from test_analysis_plots import close_figures, texts
 
 from analysis import plots
 from analysis.study.config import Study
-from analysis.study.effects import Outcomes, Tables, effect, foretold, mixing
+from analysis.study.effects import Outcomes, Tables
+from analysis.study.inference import effect
 from analysis.study.page import BEGIN, END, replace_between, sections, write_page
+from analysis.study.questions import foretold, mixing
 
 __all__ = ["close_figures"]  # which pytest finds here
 

@@ -1,4 +1,4 @@
-"""Figures of a study (:mod:`analysis.study.effects`): arms, differences draw by draw, mixing weights, predictions."""
+"""Figures of a study (:mod:`analysis.study`): arms, differences draw by draw, mixing weights, predictions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from analysis.plots.style import COLORS, MARKERS, figure_of, finish, label_of, new_axes
-from analysis.study.effects import OWN_AXIS, Curve, Effect, Foretold, Mixing
+from analysis.study.effects import OWN_AXIS, Curve
+from analysis.study.inference import Effect
+from analysis.study.questions import Foretold, Mixing
 
 MOST_ARMS = 6  # lines that can still be told apart
 DRAW_ALPHA = 0.5  # of the dots that are single draws

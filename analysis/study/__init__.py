@@ -10,8 +10,12 @@ are compared draw by draw, intervals are over draws. ``docs/study.md`` is the pr
 `grid`         doing what is not done yet: stages, predictions and runs, in parallel; what a kill leaves is gone on with
 `measures`     what one policy is worth, and what samples of a reference promise
 `store`        the tables of results, one row a run, that everything below is made from
-`effects`      the statistics: arm against arm, paired by draw; reward at equal KL; the claims
-`page`         the tables of the page, and its figures
+`references`   which models the arms' references are made of
+`effects`      arm against arm, paired by draw; reward at equal KL
+`inference`    one number a draw: means, intervals, p-values
+`questions`    the claims, the mixing weight, the predictions
+`sections`     the tables of the page, and its figures
+`page`         putting them into the page
 =============  =======================================================================================================
 """
 
