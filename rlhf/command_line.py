@@ -119,6 +119,15 @@ def parse_config(
     return config_class(**values)
 
 
+def checked_config(config_class: type[Config], settings: dict[str, Any], source: str) -> Config:
+    """A validated ``config_class`` from settings as a YAML file has them. Its errors begin with ``source``."""
+    arguments = _as_arguments(settings, source, config_class)
+    try:
+        return config_class(**vars(_Parser(cast(Any, config_class), allow_abbrev=False).parse_args(arguments)))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
 def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
     """Run a command line; bad input becomes one line on stderr and exit status 2 instead of a traceback.
 

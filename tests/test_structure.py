@@ -32,8 +32,8 @@ WHEN_ASKED_FOR = {
 }
 # What measures rather than trains.
 PURE_PARTS_OF_RLHF = {
-    "checkpointing", "command_line", "data", "decoding", "distributed", "evaluation", "figures", "kl", "logprobs",
-    "masking", "metrics", "models", "processor", "randomness", "reference", "rewards", "rollout",
+    "checkpointing", "command_line", "config", "data", "decoding", "distributed", "evaluation", "figures", "kl",
+    "logprobs", "masking", "metrics", "models", "processor", "randomness", "reference", "rewards", "rollout",
 }  # fmt: skip
 PLOTTING = set((ROOT / "analysis" / "plots").glob("*.py"))
 

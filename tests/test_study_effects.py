@@ -248,7 +248,7 @@ def test_claims_say_which_draws_are_left_out() -> None:
     assert [claim.effect.left_out for claim in found] == [1] * 4
     assert found[2].threshold == pytest.approx(0.1)
     nothing = claims(study, tables([]))
-    assert {claim.verdict for claim in nothing} == {"not supported"}
+    assert {claim.verdict for claim in nothing} == {"too few draws"}
     assert all(math.isnan(claim.p_holm) for claim in nothing)
 
 
@@ -261,7 +261,7 @@ def test_claims_say_which_draws_are_left_out() -> None:
         (-0.2, 0.01, -1, "supported"),
         (0.05, 0.01, -1, "supported"),  # above 0, below the margin
         (0.2, 0.01, -1, "reversed"),
-        (0.2, NAN, 1, "not supported"),
+        (0.2, NAN, 1, "too few draws"),
     ],
 )
 def test_verdicts(estimate: float, p_holm: float, side: int, verdict: str) -> None:

@@ -265,6 +265,56 @@ def test_only_what_is_chosen_is_done(config: Settings, commands: list[list[str]]
     assert len(commands) == 3
 
 
+def test_a_row_made_anew_without_the_baseline_s_responses_says_what_it_lacks(
+    config: Settings, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config(draws=[1], regimes={"A": {"description": "as it is"}})
+    whole = run_whole(path)
+    assert "win rate" not in capsys.readouterr().err
+    shutil.rmtree(Study.read(path).work / "draw-1" / "runs")
+    run_whole(path, "--arm", "soup", "free", "--again")
+    assert "1 rows have no win rate against plain" in capsys.readouterr().err
+    assert run_whole(path, "--arm", "plain", "--again") == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ppo__gold_reward": "helpers:none_such"}, "none_such"),
+        ({"measure__rewards": {"proxy_reward": "helpers:share_of_a", "gold_reward": "helpers:none"}}, "helpers:none"),
+        ({"results": "/proc/results"}, "results: /proc/results: cannot be made"),
+        ({"page": "none.md"}, "page: none.md: no such file"),
+        ({"page": __file__}, "has no place for the results"),
+    ],
+)
+def test_what_could_not_end_well_is_not_begun(
+    config: Settings,
+    commands: list[list[str]],
+    changes: dict[str, Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = config(stages={"task": "rlhf.reviews"}, **changes)
+    assert run_command(main, ["--config", str(path)]) == 2
+    assert message in capsys.readouterr().err
+    assert not commands
+    assert not Study.read(path).work.exists()
+
+
+def test_rows_of_models_stay_when_a_setting_of_training_changes(
+    config: Settings, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"draws": [1], "regimes": {"A": {"description": "as it is"}}, "arms": {"plain": {}, "soup": {}}}
+    before = run_whole(config(**small))
+    path = config(**small, ppo__updates=1)
+    assert run_command(main, ["--config", str(path), "--report"]) == 0
+    assert "runs.csv: 2 rows are of other settings" in capsys.readouterr().err
+    after = run_whole(path)
+    assert "models.csv" not in capsys.readouterr().err
+    assert before[MODELS] == after[MODELS]
+    assert before[RUNS] != after[RUNS]
+
+
 def test_rows_stay_when_the_work_is_deleted_and_go_when_settings_change(
     config: Settings, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -293,7 +343,7 @@ def test_a_run_whose_policy_runs_away_is_named_and_the_others_are_done(
 def test_a_run_that_never_began_stops_the_study(
     config: Settings, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = config(draws=[1], arms__soup={"reference": ["{first}", "{second}"], "batch_size": 5})
+    path = config(draws=[1], arms__soup={"reference": ["{first}", "/none"]})
     assert run_command(main, ["--config", str(path)]) == 2
     assert "error: regime A, draw 1, soup, β = 0.1: failed" in capsys.readouterr().err
 
@@ -426,14 +476,40 @@ def test_versions_depend_on_settings_and_not_on_places(config: Settings, tmp_pat
         ({"compare__kl_coef": 0.2}, "compare.kl_coef: 0.2 is none of [0.1]"),
         ({"compare__axis": "kl/base"}, "compare.axis: 'kl/base' is none of ['kl/third', 'kl/first', 'kl/soup']"),
         ({"measure__kl": ["fourth"]}, "measure.kl: 'fourth' is none of"),
-        ({"measure__rewards": {"proxy_reward": "x:y"}}, "measure.rewards: 'gold_reward' is none of"),
-        ({"predict": {"references": ["x"], "samples": 2}}, "predict.references: 'x' is none of"),
+        ({"measure__rewards": {"proxy_reward": "x:y"}}, "measure.rewards: lacks 'gold_reward'"),
+        ({"predict": {"references": ["x"], "samples": 20}}, "predict.references: 'x' is none of"),
+        (
+            {"predict": {"references": ["first"], "samples": 19}},
+            "predict.samples: 19: expected a whole number, at least 20",
+        ),
+        ({"predict": {"references": ["first"], "samples": "x"}}, "predict.samples: 'x': expected a whole number"),
+        ({"draws": [1, "2"]}, "draws: '2': expected a whole number, at least 0"),
+        ({"draws": [True]}, "draws: True: expected a whole number"),
+        ({"kl_coefs": [0.1, 0.1]}, "kl_coefs: [0.1, 0.1] names one twice"),
+        ({"kl_coefs": ["0.1"]}, "kl_coefs: '0.1': expected a number, at least 0"),
+        ({"kl_coefs": [-0.1]}, "kl_coefs: -0.1: expected a number, at least 0"),
+        ({"measure__episodes": 16.5}, "measure.episodes: 16.5: expected a whole number, at least 1"),
+        ({"measure__episodes": -1}, "measure.episodes: -1: expected a whole number, at least 1"),
+        ({"arms__soup": ["{first}"]}, "arms.soup: expected settings of a run, 'name: value', found ['{first}']"),
+        ({"arms__soup": {"refrence": []}}, "arms.soup: unknown setting 'refrence'; did you mean 'reference'?"),
+        ({"arms__soup": {"kl_coef": 0.3}}, "arms.soup: 'kl_coef' is set by the study, from kl_coefs"),
+        ({"ppo__kl_coef": 0.3}, "ppo: 'kl_coef' is set by the study, from kl_coefs"),
+        ({"ppo__lerning_rate": 1}, "unknown setting 'lerning_rate'; did you mean 'learning_rate'?"),
+        ({"ppo__updates": "two"}, "ppo, with arms.plain: argument --updates: invalid int value: 'two'"),
+        ({"ppo__updates": -2}, "ppo, with arms.plain: updates=-2"),
+        ({"ppo__minibatch_size": 3}, "ppo, with arms.plain: minibatch_size=3 does not divide batch_size=4"),
         ({"regimes__B": {"description": "b", "arms": ["soup"]}}, "regimes.B.arms: lacks 'plain', the baseline"),
         ({"regimes__B": {"description": "b", "models": {"x": "y"}}}, "regimes.B.models: 'x' is none of"),
         ({"ppo__output": "x"}, "'output' is set by the study"),
         ({"ppo": {"policy": "{first}"}}, "ppo: lacks 'reward'"),
-        ({"ppo__policy": "{fist}"}, "{fist} is neither draw, nor an earlier stage, nor a model"),
-        ({"stages": {"a": "rlhf.sft --model {b}", "b": "rlhf.reviews"}}, "{b} is neither draw, nor an earlier stage"),
+        (
+            {"ppo__policy": "{fist}"},
+            "ppo, with arms.plain: {fist} is neither draw, nor an earlier stage, nor a model; did you mean 'first'?",
+        ),
+        (
+            {"stages": {"a": "rlhf.sft --model {b}", "b": "rlhf.reviews"}},
+            "stages.a: {b} is neither draw, nor an earlier stage",
+        ),
         ({"stages": {"first": "rlhf.reviews"}}, "'first' names two things"),
     ],
 )
@@ -449,6 +525,8 @@ def test_a_wrong_configuration_is_named(config: Settings, changes: dict[str, Any
         (["--arm", "sup"], "--arm sup: not in"),
         (["--draw", "3"], "--draw 3: not in"),
         (["--workers", "0"], "0: must be a whole number, at least 1"),
+        (["--report", "--again"], "--report with --again"),
+        (["--report"], "results: nothing of this study is stored there; run it without --report"),
         (["--reprot"], "unrecognized arguments: --reprot"),
     ],
 )

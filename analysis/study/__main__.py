@@ -10,9 +10,8 @@ from typing import Any
 
 from analysis.inputs import Parser
 from analysis.study.config import Case, Study
-from analysis.study.effects import read_tables
-from analysis.study.grid import Workers, run_study
-from analysis.study.page import write_page
+from analysis.study.grid import Results, Workers, run_study
+from analysis.study.page import read_page, write_page
 from rlhf.command_line import run_command
 
 DESCRIPTION = """\
@@ -35,15 +34,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the study. Raises ValueError or OSError for bad input, and KeyboardInterrupt that says how to go on."""
     arguments = _parser().parse_args(argv)
     study = Study.read(arguments.config)
+    cases = _chosen(study, arguments)
+    read_page(study)
     failed: list[str] = []
     if not arguments.report:
-        cases = _chosen(study, arguments)
         workers = Workers(arguments.workers or max(1, (os.cpu_count() or 1) // arguments.threads), arguments.threads)
         try:
             failed = run_study(study, cases, workers, again=arguments.again)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the same command goes on") from None
-    print(write_page(study, read_tables(study.results)))
+    tables = Results.read(study).tables()
+    if not (tables.runs or tables.models):
+        raise ValueError(f"{study.results}: nothing of this study is stored there; run it without --report")
+    print(write_page(study, tables))
     if failed:
         print("\n".join([f"{len(failed)} runs ended by themselves:", *failed]), file=sys.stderr)
         sys.exit(1)
@@ -51,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _chosen(study: Study, arguments: argparse.Namespace) -> list[Case]:
     """The cases that the flags choose. Raises ValueError for a flag that chooses what the study has not."""
+    if arguments.report:
+        for name in ("again", "regime", "draw", "arm", "kl_coef"):
+            if getattr(arguments, name):
+                raise ValueError(
+                    f"--report with --{name}: it writes the page of all that is stored; leave one of them out"
+                )
     known: dict[str, list[Any]] = {
         "regime": list(study.regimes),
         "arm": list(study.arms),

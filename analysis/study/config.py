@@ -9,15 +9,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from rlhf.command_line import read_settings
+from analysis.frontier import MIN_EFFECTIVE
+from rlhf.command_line import checked_config, read_settings
+from rlhf.config import PPOConfig
 
 START = "start"  # the arm that is no run: the policy before training
+REWARDS = ("proxy_reward", "gold_reward")  # which have to be measured
+OF_SAMPLING = ("policy", "max_new_tokens", "temperature", "engine")  # settings of runs that models are sampled with
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,10 @@ class Study:
         for name, settings in values["regimes"].items():
             values["regimes"][name] = Regime(**_checked(Regime, settings, f"{source}: regimes.{name}"))
         values |= {name: Path(values[name]) for name in ("work", "results", "page") if values.get(name)}
-        values["arms"] = {arm: settings or {} for arm, settings in values["arms"].items()}
+        values["arms"] = {arm: {} if settings is None else settings for arm, settings in values["arms"].items()}
+        for name, settings in (("ppo", values["ppo"]), *((f"arms.{arm}", own) for arm, own in values["arms"].items())):
+            if not isinstance(settings, dict):
+                raise ValueError(f"{source}: {name}: expected settings of a run, 'name: value', found {settings!r:.60}")
         study = cls(**values)
         study._check(source)
         return study
@@ -180,7 +188,8 @@ class Study:
     def draw_version(self, draw: int, regime: str) -> str:
         """The same of what is measured of a draw's models."""
         paths = self.paths(draw, regime)
-        measure = filled([asdict(self.measure), self.ppo], paths)
+        sampling = {name: self.ppo[name] for name in OF_SAMPLING if name in self.ppo}
+        measure = filled([asdict(self.measure), sampling], paths)
         return self._digest([measure, self.stages, None if self.predict is None else asdict(self.predict)])
 
     def _digest(self, settings: Any) -> str:
@@ -196,8 +205,19 @@ class Study:
         for name in ("draws", "models", "arms", "kl_coefs", "regimes"):
             if not getattr(self, name):
                 raise ValueError(f"{source}: {name}: empty; give at least one")
-        if len(set(self.draws)) < len(self.draws):
-            raise ValueError(f"{source}: draws: {list(self.draws)} names one twice")
+        for draw in self.draws:
+            _require_whole(f"{source}: draws", draw, least=0)
+        for kl_coef in self.kl_coefs:
+            if isinstance(kl_coef, bool) or not isinstance(kl_coef, int | float) or not 0 <= kl_coef < math.inf:
+                raise ValueError(f"{source}: kl_coefs: {kl_coef!r}: expected a number, at least 0")
+        _require_whole(f"{source}: measure.episodes", self.measure.episodes, least=1)
+        if self.predict is not None:  # fewer samples never leave enough effective ones
+            _require_whole(
+                f"{source}: predict.samples", self.predict.samples, least=math.ceil(MIN_EFFECTIVE["prompts"])
+            )
+        for name in ("draws", "kl_coefs"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{source}: {name}: {list(getattr(self, name))} names one twice")
         if START in self.arms:
             raise ValueError(f"{source}: arms: {START!r} is the policy before training; choose another name")
         if twice := set(self.stages) & set(self.models) | {"draw"} & {*self.stages, *self.models}:
@@ -209,37 +229,49 @@ class Study:
         require("compare.kl_coef", [compare.kl_coef], self.kl_coefs)
         require("measure.kl", self.measure.kl, list(self.measure.models))
         require("compare.axis", [compare.axis, compare.moved], [f"kl/{name}" for name in self.measure.kl])
-        require("measure.rewards", ["proxy_reward", "gold_reward"], list(self.measure.rewards))
+        for name in REWARDS:
+            if name not in self.measure.rewards:
+                raise ValueError(f"{source}: measure.rewards: lacks {name!r}; {' and '.join(REWARDS)} are needed")
         require("predict.references", self.predict.references if self.predict else [], list(self.measure.models))
         for name, regime in self.regimes.items():
             require(f"regimes.{name}.arms", regime.arms, list(self.arms))
             require(f"regimes.{name}.models", list(regime.models), list(self.models))
             if regime.arms and compare.baseline not in regime.arms:
                 raise ValueError(f"{source}: regimes.{name}.arms: lacks {compare.baseline!r}, the baseline; add it")
-        for setting in ("policy", "reward", "prompts", "max_new_tokens"):
+        for setting in ("policy", "reward", "prompts", "max_new_tokens", "seed"):
             if setting not in self.ppo:
                 raise ValueError(f"{source}: ppo: lacks {setting!r}; every run needs it")
         for setting in ("output", "resume", "config"):
             if any(setting in settings for settings in (self.ppo, *self.arms.values())):
                 raise ValueError(f"{source}: {setting!r} is set by the study; leave it out")
+        for name, settings in (("ppo", self.ppo), *((f"arms.{arm}", settings) for arm, settings in self.arms.items())):
+            if "kl_coef" in settings and settings.get("reference_kind") != "none":
+                raise ValueError(f"{source}: {name}: 'kl_coef' is set by the study, from kl_coefs; leave it out")
         for case in self.cases():  # every placeholder, before anything is made
             self._fill(source, case)
+        for case in {(case.arm, case.kl_coef): case for case in self.cases()}.values():  # and every setting of a run
+            checked_config(PPOConfig, self.settings(case) | {"output": "run"}, f"{source}: ppo, with arms.{case.arm}")
 
     def _fill(self, source: str, case: Case) -> None:
+        """Fill every text of a case. Raises ValueError that says where one holds an unknown ``{NAME}``."""
+        where = "models"
         try:
             paths = self.paths(case.draw, case.regime)
+            where = f"ppo, with arms.{case.arm}"
             self.settings(case)
-            for values in (self.measure.prompts, self.measure.held_out, self.measure.loss, self.measure.rewards):
-                filled(values, paths)
-            filled(self.measure.models, paths)
+            where = "measure"
+            filled(asdict(self.measure), paths)
             known = {"draw": str(case.draw)}
             for name, command in self.stages.items():
+                where = f"stages.{name}"
                 known_here = known | {model: "" for model, path in self.models.items() if _is_filled(path, known)}
                 filled(shlex.split(command), known_here)
                 known[name] = ""
         except KeyError as error:
+            unknown, known_names = error.args[0], ["draw", *self.stages, *self.models]
             raise ValueError(
-                f"{source}: {{{error.args[0]}}} is neither draw, nor an earlier stage, nor a model"
+                f"{source}: {where}: {{{unknown}}} is neither draw, nor an earlier stage, nor a model"
+                f"{_closest(unknown, [name for name in known_names if name != unknown])}"
             ) from None
 
 
@@ -271,6 +303,11 @@ def _checked(section: type, settings: Any, source: str) -> dict[str, Any]:
             if str(f.type).startswith(meant) and not isinstance(settings[name], kind):
                 raise ValueError(f"{source}: {name}: expected a {kind.__name__}, found {settings[name]!r:.60}")
     return dict(settings)
+
+
+def _require_whole(name: str, value: Any, *, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name}: {value!r}: expected a whole number, at least {least}")
 
 
 def _is_filled(text: str, paths: Mapping[str, str]) -> bool:

@@ -30,9 +30,11 @@ import numpy as np
 import torch
 import yaml
 from tqdm import tqdm
+from transformers.utils import logging
 
 from analysis.results import load_npz, save_npz
 from analysis.study.config import START, Case, Study, filled
+from analysis.study.effects import Tables
 from analysis.study.measures import Measures, win_rate
 from analysis.study.store import (
     HELD_OUT,
@@ -47,6 +49,7 @@ from analysis.study.store import (
 )
 from rlhf import processor
 from rlhf.metrics import replace_text
+from rlhf.rewards import load_function
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
@@ -91,6 +94,10 @@ class Results:
             found.rows[name] = {_key(row, keys): row for row in kept}
         return found
 
+    def tables(self) -> Tables:
+        """What is stored, as the page wants it."""
+        return Tables(*(list(self.rows[name].values()) for name in (RUNS, MODELS, PREDICTIONS, TIMINGS)))
+
     def store(self, name: str, rows: Sequence[Row]) -> None:
         """Add rows to a table, or replace those with the same key, and write it in the order of the study."""
         self.rows[name] |= {_key(row, self.KEYS[name]): row for row in rows}
@@ -125,6 +132,7 @@ def run_study(study: Study, cases: Sequence[Case], workers: Workers, *, again: b
     process works in the same folder.
     """
     results = Results.read(study)
+    require_ready(study)
     missing = [case for case in cases if again or not results.has(RUNS, study.version(case), *_key_of(case))]
     settings = dict.fromkeys((case.draw, case.regime) for case in cases)
     unmeasured = [pair for pair in settings if not results.has(MODELS, study.draw_version(*pair), pair[1], pair[0])]
@@ -152,7 +160,21 @@ def run_study(study: Study, cases: Sequence[Case], workers: Workers, *, again: b
             if seconds is not None:
                 results.store(TIMINGS, [_timing(seconds, workers)])
     results.store(RUNS, [_with_win_rates(study, row) for row in results.rows[RUNS].values()])
+    _report_unpaired(study, [results.rows[RUNS][key] for key in map(_row_key, missing) if key in results.rows[RUNS]])
     return failed
+
+
+def require_ready(study: Study) -> None:
+    """Make the folders. Raises OSError where they cannot be made, and ValueError for rewards that are no functions."""
+    rewards = [study.ppo["reward"], study.ppo.get("gold_reward") or [], list(study.measure.rewards.values())]
+    for spec in {spec for given in rewards for spec in ([given] if isinstance(given, str) else given)}:
+        if ":" in spec and "{" not in spec and not Path(spec).is_dir():
+            load_function(spec)
+    for name, folder in (("results", study.results), ("work", study.work)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{name}: {folder}: cannot be made ({error.strerror}); choose another folder") from None
 
 
 # ── What a worker does ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -239,7 +261,7 @@ def _run(what: str, command: Sequence[str], log: Path) -> float:
         )
     if process.returncode:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        reason = lines[-1] if lines else f"exit status {process.returncode}"
+        reason = lines[-1].removeprefix("error: ") if lines else f"exit status {process.returncode}"
         raise StudyError(f"{what}: {reason} (all of it: {log})")
     return time.perf_counter() - started
 
@@ -253,6 +275,7 @@ def _die_with_parent() -> None:
 def _start_worker(threads: int) -> None:
     _die_with_parent()
     processor.prepare()
+    logging.disable_progress_bar()  # transformers' bars for single files would bury the study's
     os.environ |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     torch.set_num_threads(threads)
 
@@ -340,6 +363,25 @@ def machine() -> str:
 def _named(golds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Names that a file can hold."""
     return {where or "training": values for where, values in golds.items()}
+
+
+def _row_key(case: Case) -> tuple[str, ...]:
+    return tuple(cell(value) for value in _key_of(case))
+
+
+def _report_unpaired(study: Study, rows: Sequence[Row]) -> None:
+    """Say of rows made now which lack a win rate, as the baseline's responses are gone with ``work``."""
+    baseline = study.compare.baseline
+    unpaired = [
+        row for row in rows if row["arm"] != baseline and math.isnan(float(row.get("win_rate/baseline", math.nan)))
+    ]
+    lacking = [row for row in unpaired if not math.isnan(float(row["kl_coef"]))]
+    if lacking:
+        print(
+            f"{len(lacking)} rows have no win rate against {baseline}, whose responses are not in {study.work}: "
+            f"--arm {shlex.quote(baseline)} --again makes them anew",
+            file=sys.stderr,
+        )
 
 
 def _with_win_rates(study: Study, row: Row) -> Row:

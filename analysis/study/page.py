@@ -25,7 +25,7 @@ def write_page(study: Study, tables: Tables) -> Path:
     for a page without the marks.
     """
     folder, page = study.results / "figures", study.page or study.results / "README.md"
-    text = f"# Results\n\n{BEGIN}\n{END}\n" if study.page is None else page.read_text(encoding="utf-8")
+    text = read_page(study)
     link, found = Path(os.path.relpath(folder, page.parent)).as_posix(), sections_of(study, tables)
     text = replace_between(text, BEGIN, END, "\n\n".join(_markdown(found, link)), name=str(page))
     for section in found:
@@ -34,6 +34,17 @@ def write_page(study: Study, tables: Tables) -> Path:
                 plots.save(block.draw(), folder / block.name, close=True)
     replace_text(page, text)
     return page
+
+
+def read_page(study: Study) -> str:
+    """The page as it is, which the results go into. Raises ValueError or OSError for one that has no place for them."""
+    if study.page is None:
+        return f"# Results\n\n{BEGIN}\n{END}\n"
+    if not study.page.is_file():
+        raise FileNotFoundError(f"page: {study.page}: no such file; make it, with the lines {BEGIN} and {END}")
+    text = study.page.read_text(encoding="utf-8")
+    replace_between(text, BEGIN, END, "", name=str(study.page))
+    return text
 
 
 def replace_between(text: str, begin: str, end: str, new: str, *, name: str = "the page") -> str:

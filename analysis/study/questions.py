@@ -16,7 +16,7 @@ from analysis.study.store import HELD_OUT
 
 SIGNIFICANCE = 0.05  # two-sided, after Holm's correction
 STABILITY_MARGIN = 0.25  # of the baseline's mean largest drop: more than that is a loss of stability
-SUPPORTED, NOT_SUPPORTED, REVERSED = "supported", "not supported", "reversed"
+SUPPORTED, NOT_SUPPORTED, REVERSED, NO_VERDICT = "supported", "not supported", "reversed", "too few draws"
 
 
 # ── The claims ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -43,12 +43,15 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """``supported``, ``reversed`` if the interval lies wholly on the other side, ``not supported`` otherwise.
+        """``supported``, ``reversed`` if the interval lies wholly on the other side, ``not supported`` otherwise;
+        ``too few draws`` of fewer than two.
 
         The interval that decides is the one whose confidence Holm's correction asks for: outside the threshold exactly
         if ``p_holm`` ≤ 5 %.
         """
-        if not self.p_holm <= SIGNIFICANCE:  # NaN: fewer than two draws
+        if math.isnan(self.p_holm):
+            return NO_VERDICT
+        if self.p_holm > SIGNIFICANCE:
             return NOT_SUPPORTED
         return SUPPORTED if self.side * (self.effect.interval.estimate - self.threshold) > 0 else REVERSED
 

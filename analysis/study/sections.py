@@ -64,10 +64,11 @@ def _claims(study: Study, tables: Tables) -> Section:
     state = (
         "" if num_done == len(cases) else f" **{num_done} of its {len(cases)} runs are there; this is no result yet.**"
     )
+    draws = f"{len(study.draws)} draw{'s' if len(study.draws) > 1 else ''}"
     intro = (
         f"{compare.treatment} − {compare.baseline} in regime {compare.regime}, one number a draw, paired within it; "
-        f"{len(study.draws)} draws.{state} The interval is the 95 % one of each statement alone. The verdict is by p "
-        "after Holm's correction for all, two-sided at 5 %: *supported* or *reversed* where the interval of that "
+        f"{draws}.{state} The interval is the 95 % one of each statement alone. The verdict is by p after Holm's "
+        "correction for all, two-sided at 5 %: *supported* or *reversed* where the interval of that "
         f"confidence lies wholly on one side of the bound, *{NOT_SUPPORTED}* where it holds it. p is what inverts the "
         "interval, and never below what resamples can tell."
     )
