@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -13,10 +14,11 @@ from test_analysis_plots import close_figures, texts
 
 from analysis import plots
 from analysis.study.config import Study
-from analysis.study.effects import Outcomes, Tables
+from analysis.study.effects import Outcomes, Tables, less_at_equal_kl
 from analysis.study.inference import effect
 from analysis.study.page import BEGIN, END, replace_between, sections, write_page
 from analysis.study.questions import foretold, mixing
+from analysis.study.sections import _equal_kl_elsewhere
 
 __all__ = ["close_figures"]  # which pytest finds here
 
@@ -74,6 +76,19 @@ def test_page_of_one_draw_and_of_missing_runs(study: Study, tables: Tables) -> N
     for text in ("\n".join(sections(study, some)), "\n".join(sections(reviews_study(1), tables))):
         assert "not supported" in text
         assert not re.search(r"\bnan\b", text)
+
+
+def test_gold_is_read_at_the_kl_of_every_coefficient(study: Study, tables: Tables) -> None:
+    (found,) = [text for text in sections(study, tables) if text.startswith("### Gold at the KL of other coefficients")]
+    strong = replace(study, compare=replace(study.compare, kl_coef=0.4))
+    expected = effect(less_at_equal_kl(Outcomes(strong, tables, "A"), "soup 3", "single", "kl/sft1"))
+    header, row = (
+        line.strip("| ").split(" | ") for line in found.splitlines() if line.startswith(("| arm", "| soup 3"))
+    )
+    cell = row[header.index("KL to sft1, β = 0.4")]
+    assert float(cell.split(" ")[0]) == pytest.approx(expected.interval.estimate, abs=0.006)
+    none = Outcomes(study, tables, "B")
+    assert _equal_kl_elsewhere(replace(none, tables=tables._replace(runs=[]))) is None
 
 
 def test_text_is_put_between_marks() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,7 @@ def sections_of(study: Study, tables: Tables) -> list[Section]:
     outcomes = Outcomes(study, tables, study.compare.regime)
     of_runs = [
         _equal_kl(outcomes),
+        _equal_kl_elsewhere(outcomes),
         _reached(outcomes),
         _equal_coefficient(outcomes),
         _behaviour(outcomes),
@@ -150,6 +152,34 @@ def _equal_kl(outcomes: Outcomes) -> Section:
         ),
     ]
     return Section("Gold at equal KL", blocks)
+
+
+def _equal_kl_elsewhere(outcomes: Outcomes) -> Section | None:
+    """Gold at the KLs that were reached at other coefficients than the comparison's; None where no draw has any."""
+    study, compare = outcomes.study, outcomes.study.compare
+    views = [
+        (kl_coef, replace(outcomes, study=replace(study, compare=replace(compare, kl_coef=kl_coef))))
+        for kl_coef in study.kl_coefs
+        if kl_coef != compare.kl_coef
+    ]
+    axes = list(dict.fromkeys([compare.axis, compare.moved]))
+    arms = [arm for arm in outcomes.arms() if outcomes.coefficients(arm) and arm != compare.baseline]
+    columns: dict[str, list[Effect]] = {}
+    for kl_coef, view in views:
+        for axis in axes:
+            found = [effect(_less(view, arm, axis)) for arm in arms]
+            if any(each.used > 1 for each in found):
+                columns[f"{_kl_name(axis)}, β = {kl_coef:g}"] = found
+    if not columns:
+        return None
+    intro = (
+        f"The same at the KLs that {compare.baseline} and the arm reached at other β than {compare.kl_coef:g}; a β "
+        "whose KL no draw has on both curves is left out. Between the start and the first point of a curve gold rises more "
+        "steeply than the line that is read there, which flatters the arm with less KL, as the other is read there. "
+        f"{EXPLORATORY}"
+    )
+    rows = [[arm, *(_limits(found[i]) for found in columns.values())] for i, arm in enumerate(arms)]
+    return Section("Gold at the KL of other coefficients", [intro, Table("", ["arm", *columns], rows)])
 
 
 def _reached(outcomes: Outcomes) -> Section:
