@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from argparse import _SubParsersAction
 from collections.abc import Sequence
+from errno import ENOENT
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from helpers import interrupted_at, ppo_arguments, run_python
 from matplotlib.figure import Figure
 
 import analysis.points
+import rlhf.models
 import rlhf.ppo
 import soupkit
 from analysis import Hessian, IdealFrontier, KLGeometry, KLMatrix, Line, Plane, RewardKLFrontier
@@ -356,6 +359,36 @@ def test_devices_that_are_not_there_are_refused(
     message = error_of(capsys, command, "--device", device)
     assert message.startswith(f"--device {device}: ")
     assert message.endswith(reason)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "report"])
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    command: str,
+    checkpoints: dict[str, Path],
+    data: Path,
+    prompt_file: Path,
+    runs: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(ENOENT, os.strerror(ENOENT), "what /proc says to root")
+
+    first, second = checkpoints["first"], checkpoints["second"]
+    needed = {
+        "line": [first, second, "--metric", f"loss={data}"],
+        "plane": [first, second, checkpoints["third"], "--metric", f"loss={data}"],
+        "kl": [first, second, "--prompts", prompt_file],
+        "frontier": [first, "--reward", "helpers:share_of_a", "--prompts", prompt_file],
+        "curvature": [first, "--data", data],
+        "report": [runs["plain"]],
+    }[command]
+    monkeypatch.setattr(os, "mkdir", refuse)
+    monkeypatch.setattr(rlhf.models, "_load", pytest.fail)
+    output = tmp_path / "sealed" / "page.html"
+    message = error_of(capsys, command, *needed, "--output", output)
+    assert message == f"{output}: cannot be made, {tmp_path} is no writable folder; choose another --output"
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
