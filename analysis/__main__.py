@@ -28,7 +28,7 @@ from analysis import (
     tables,
 )
 from analysis.divergence import KLMatrix
-from analysis.frontier import KL, SampledFrontier
+from analysis.frontier import KL, NUM_SAMPLES, SampledFrontier, too_few_samples
 from analysis.inputs import (
     METRICS_HELP,
     Checked,
@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("references", nargs="*", metavar="REFERENCE", help="models that policies are to stay close to")
     _add(command, "--reward", metavar="REWARD", help="what is optimised")
     _add(command, "--gold_reward", metavar="REWARD", help="what is only measured")
-    _add_count(command, "--num_samples", 2, default=64, metavar="N", help="of a reference to every prompt")
+    _add_count(command, "--num_samples", 2, default=NUM_SAMPLES, metavar="N", help="of a reference to every prompt")
     _add(
         command,
         "--runs",
@@ -343,6 +343,8 @@ def _ideal(arguments: argparse.Namespace) -> None:
     for flag in ("reward", "prompts"):
         if getattr(arguments, flag) is None:
             raise ValueError(f"--{flag}: is needed to see what can be reached from references")
+    if reason := too_few_samples(arguments.num_samples):
+        raise ValueError(f"--num_samples {arguments.num_samples}: {reason}")
     references = read_checkpoints(arguments.references)
     first, folder = next(iter(references.items()))
     axis = arguments.kl_to or first
@@ -350,6 +352,8 @@ def _ideal(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--kl_to {axis}: is none of the references {list(references)}; name one of them")
     prompts = _prompts(arguments, folder)
     assert prompts is not None
+    if len(prompts) < 2:
+        raise ValueError(f"{arguments.prompts}: one prompt is no sample of prompts; give two or more, better hundreds")
     named = {"proxy_reward": arguments.reward, "gold_reward": arguments.gold_reward}
     rewards = read_rewards({name: spec for name, spec in named.items() if spec}, folder, arguments.device)
     proxy = rewards.pop("proxy_reward")

@@ -271,6 +271,14 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(
         (["frontier"], "give references, for what could be reached"),
         (["frontier", first, *prompts], "--reward: is needed"),
         (["frontier", first, *prompts, "--reward", "helpers:share_of_a", "--kl_to", "x"], "is none of the references"),
+        (
+            ["frontier", first, *prompts, "--reward", "helpers:share_of_a", "--num_samples", "19"],
+            "--num_samples 19: every β would be refused, since each needs 20 effective samples a prompt",
+        ),
+        (
+            ["frontier", first, *prompts, "--reward", "helpers:share_of_a", "--num_prompts", "1"],
+            "prompts.txt: one prompt is no sample of prompts; give two or more",
+        ),
         (["frontier", "--runs", runs["plain"]], "write GROUP=RUN,RUN"),
         (["frontier", "--runs", f"plain={first}"], "first: no PPO run"),
         (["frontier", "--runs", f"plain={runs['plain']}", "--kl_to", "third"], "did not measure 'kl/third'"),
