@@ -22,7 +22,7 @@ from analysis import metrics
 from analysis.exploration import policy_of
 from analysis.metrics import Metric
 from rlhf.data import load_examples
-from rlhf.models import load_tokenizer, require_checkpoint, require_same_tokenizer
+from rlhf.models import load_tokenizer, require_language_model, require_same_tokenizer
 from rlhf.reference import load_model_reference
 from rlhf.rewards import Reward, load_reward
 from soupkit.options import parse_device
@@ -118,12 +118,12 @@ def named_texts(texts: Sequence[str], what: str) -> dict[str, str]:
 def read_checkpoints(texts: Sequence[str]) -> dict[str, str]:
     """{name: folder} of ``[NAME=]FOLDER`` texts; of a run folder, its policy.
 
-    Raises FileNotFoundError for a folder that is absent or no checkpoint, ValueError for a name given twice and for
-    models whose tokenizers differ.
+    Raises FileNotFoundError for a folder that is absent or no checkpoint, ValueError for a name given twice, for a
+    reward model and for models whose tokenizers differ.
     """
     named = {name: str(policy_of(folder)) for name, folder in named_texts(texts, "checkpoint").items()}
     for folder in named.values():
-        require_checkpoint(folder)
+        require_language_model(folder)
     for other in list(named.values())[1:]:
         require_same_tokenizer(next(iter(named.values())), other)
     return named
@@ -189,6 +189,7 @@ def read_metrics(
             _enter(rewards, name, value)
         elif kind == "kl" and value:
             folder = str(policy_of(value))
+            require_language_model(folder)
             require_same_tokenizer(checkpoint, folder)
             _enter(references, own or Path(value).resolve().name, folder)
         elif text != "entropy":

@@ -399,6 +399,31 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     assert message == f"{output}: cannot be made, {tmp_path} is no writable folder; choose another --output"
 
 
+@pytest.mark.parametrize("command", [*COMMANDS, "kl="])
+def test_a_reward_model_is_no_language_model(
+    command: str,
+    checkpoints: dict[str, Path],
+    data: Path,
+    prompt_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, reward = checkpoints["first"], checkpoints["reward"]
+    arguments: list[object] = {
+        "line": ["line", first, reward, "--metric", f"loss={data}"],
+        "plane": ["plane", first, checkpoints["second"], reward, "--metric", f"loss={data}"],
+        "kl": ["kl", first, reward, "--prompts", prompt_file],
+        "frontier": ["frontier", first, reward, "--reward", "helpers:share_of_a", "--prompts", prompt_file],
+        "curvature": ["curvature", reward, "--data", data],
+        "kl=": ["line", first, checkpoints["second"], "--metric", f"kl={reward}", "--prompts", prompt_file, *SAMPLING],
+    }[command]
+    monkeypatch.setattr(rlhf.models, "_load", pytest.fail)
+    assert error_of(capsys, *arguments, "--output", tmp_path / "out") == (
+        f"{reward}: a reward model (LlamaForSequenceClassification), but a language model is expected; give one"
+    )
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
