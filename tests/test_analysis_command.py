@@ -369,6 +369,18 @@ def test_devices_that_are_not_there_are_refused(
     assert message.endswith(reason)
 
 
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("name", ["reference", "first", "second", "third"])
+def test_report_and_frontier_agree_on_what_runs_measured(name: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    groups = [f"{group}={folder}" for group, folder in runs.items()]
+    expected = 2 if name == "third" else 0
+    assert run("frontier", "--runs", *groups, "--kl_to", name, "--output", tmp_path / "reached") == expected
+    assert run("report", *runs.values(), "--kl_to", name, "--output", tmp_path / "report.md") == expected
+    if expected == 0:
+        text = (tmp_path / "report.md").read_text(encoding="utf-8")
+        assert f"| kl/{name} | gold_reward |" in text
+
+
 @pytest.mark.parametrize("command", [*COMMANDS, "report"])
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     command: str,
