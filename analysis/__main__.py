@@ -28,8 +28,19 @@ from analysis import (
     tables,
 )
 from analysis.divergence import KLMatrix
-from analysis.frontier import KL, SampledFrontier
-from analysis.inputs import METRICS_HELP, Parser, read_checkpoints, read_groups, read_metrics, read_rewards
+from analysis.frontier import KL, NUM_SAMPLES, SampledFrontier, too_few_samples
+from analysis.inputs import (
+    METRICS_HELP,
+    Checked,
+    Parser,
+    device_name,
+    read_checkpoints,
+    read_groups,
+    read_metrics,
+    read_rewards,
+    real_number,
+    whole_number,
+)
 from analysis.landscape import Landscape
 from analysis.report import read_runs, write_report
 from analysis.tables import Table, to_json
@@ -112,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(command, "--ingredients", nargs="+", default=[], metavar="NAME", help="models whose soup the others lie to")
     _add(command, "--weights", nargs="+", type=float, metavar="W", help="of the ingredients; uniform where not given")
     _add(command, "--soup", default="soup", metavar="NAME", help="the soup's name; made where no model has it")
-    _add(command, "--num_responses", type=int, default=1, metavar="N", help="sampled to every prompt")
+    _add_count(command, "--num_responses", 1, default=1, metavar="N", help="sampled to every prompt")
     _add(command, "--resume", action="store_true", help="go on with the rows that an interrupted command had measured")
     _add_sampling(command, required=True)
     _add_common(command)
@@ -121,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("references", nargs="*", metavar="REFERENCE", help="models that policies are to stay close to")
     _add(command, "--reward", metavar="REWARD", help="what is optimised")
     _add(command, "--gold_reward", metavar="REWARD", help="what is only measured")
-    _add(command, "--num_samples", type=int, default=64, metavar="N", help="of a reference to every prompt")
+    _add_count(command, "--num_samples", 2, default=NUM_SAMPLES, metavar="N", help="of a reference to every prompt")
     _add(
         command,
         "--runs",
@@ -139,16 +150,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add(command, "--y", default="gold_reward", metavar="NAME", help="the reward of runs: gold_reward or proxy_reward")
     _add(command, "--points", choices=["end", "updates"], default="end", help="which points of the runs")
-    _add(command, "--average", type=int, default=1, metavar="N", help="updates that a point is the mean of")
+    _add_count(command, "--average", 1, default=1, metavar="N", help="updates that a point is the mean of")
     _add_sampling(command, required=False)
     _add_common(command)
 
     command = add("curvature", _curvature, "both ends of a loss's Hessian spectrum, its trace and its density")
     command.add_argument("checkpoint", metavar="CKPT")
     _add(command, "--data", required=True, metavar="FILE", help="demonstrations whose loss it is")
-    _add(command, "--num_eigenvalues", type=int, default=5, metavar="K", help="at each end")
-    _add(command, "--num_probes", type=int, default=10, metavar="N", help="random vectors for trace and density")
-    _add(command, "--num_examples", type=int, metavar="N", help="only the first N demonstrations")
+    _add_count(command, "--num_eigenvalues", 0, default=5, metavar="K", help="at each end")
+    _add_count(command, "--num_probes", 0, default=10, metavar="N", help="random vectors for trace and density")
+    _add_count(command, "--num_examples", 1, metavar="N", help="only the first N demonstrations")
     _add_common(command)
 
     command = add("report", _report, "one page about PPO runs: settings, rewards, KL, exploration, samples, frontier")
@@ -169,6 +180,11 @@ def _add(parser: argparse.ArgumentParser, flag: str, **options: Any) -> None:
     parser.add_argument(*dict.fromkeys([flag, "--" + flag[2:].replace("_", "-")]), **options)
 
 
+def _add_count(parser: argparse.ArgumentParser, flag: str, least: int, **options: Any) -> None:
+    """A flag for a whole number, which is refused where it is too small."""
+    _add(parser, flag, action=Checked, parse=whole_number(least), **options)
+
+
 def _default_device() -> str:
     """A GPU where there is one, each of several processes on a machine its own."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -176,24 +192,38 @@ def _default_device() -> str:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--output", required=True, metavar="DIR", help="a new folder to write")
-    _add(parser, "--seed", type=int, default=0, help="of all that is random")
-    _add(parser, "--device", default=_default_device(), help="where models are")
-    _add(parser, "--batch_size", type=int, default=64, metavar="N", help="responses or examples handled at once")
+    _add_count(parser, "--seed", 0, default=0, help="of all that is random")
+    _add(parser, "--device", action=Checked, parse=device_name, default=_default_device(), help="where models are")
+    _add_count(parser, "--batch_size", 1, default=64, metavar="N", help="responses or examples handled at once")
     _add(parser, "--quiet", action="store_true", help="show no progress bars")
 
 
 def _add_sampling(parser: argparse.ArgumentParser, *, required: bool) -> None:
     _add(parser, "--prompts", required=required, metavar="FILE", help="prompts that responses are sampled to")
-    _add(parser, "--num_prompts", type=int, metavar="N", help="only the first N prompts")
-    _add(parser, "--max_new_tokens", type=int, default=64, metavar="N", help="the longest response")
-    _add(parser, "--temperature", type=float, default=1.0, help="of sampling and of the distributions compared")
+    _add_count(parser, "--num_prompts", 1, metavar="N", help="only the first N prompts")
+    _add_count(parser, "--max_new_tokens", 1, default=64, metavar="N", help="the longest response")
+    _add(
+        parser,
+        "--temperature",
+        action=Checked,
+        parse=real_number(0, above=True),
+        default=1.0,
+        help="of sampling and of the distributions compared",
+    )
 
 
 def _add_landscape(parser: argparse.ArgumentParser, *, steps: int, margin: float) -> None:
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="in order")
     _add(parser, "--metric", nargs="+", required=True, metavar="METRIC", help=METRICS_HELP)
-    _add(parser, "--steps", type=int, default=steps, metavar="N", help="points of each segment or axis, ends included")
-    _add(parser, "--margin", type=float, default=margin, help="how far to go beyond the checkpoints, as a fraction")
+    _add_count(parser, "--steps", 2, default=steps, metavar="N", help="points of each segment or axis, ends included")
+    _add(
+        parser,
+        "--margin",
+        action=Checked,
+        parse=real_number(0),
+        default=margin,
+        help="how far to go beyond the checkpoints, as a fraction",
+    )
     _add(parser, "--resume", action="store_true", help="go on with what an interrupted command had measured")
     _add_sampling(parser, required=False)
     _add_common(parser)
@@ -313,6 +343,8 @@ def _ideal(arguments: argparse.Namespace) -> None:
     for flag in ("reward", "prompts"):
         if getattr(arguments, flag) is None:
             raise ValueError(f"--{flag}: is needed to see what can be reached from references")
+    if reason := too_few_samples(arguments.num_samples):
+        raise ValueError(f"--num_samples {arguments.num_samples}: {reason}")
     references = read_checkpoints(arguments.references)
     first, folder = next(iter(references.items()))
     axis = arguments.kl_to or first
@@ -320,6 +352,8 @@ def _ideal(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--kl_to {axis}: is none of the references {list(references)}; name one of them")
     prompts = _prompts(arguments, folder)
     assert prompts is not None
+    if len(prompts) < 2:
+        raise ValueError(f"{arguments.prompts}: one prompt is no sample of prompts; give two or more, better hundreds")
     named = {"proxy_reward": arguments.reward, "gold_reward": arguments.gold_reward}
     rewards = read_rewards({name: spec for name, spec in named.items() if spec}, folder, arguments.device)
     proxy = rewards.pop("proxy_reward")
@@ -422,10 +456,6 @@ def _prompts(arguments: argparse.Namespace, checkpoint: str) -> list[Prompt] | N
     """The prompts, where a file is given, each of which leaves room for a response."""
     if arguments.prompts is None:
         return None
-    if arguments.num_prompts is not None and arguments.num_prompts < 1:
-        raise ValueError(f"--num_prompts {arguments.num_prompts}: must be at least 1")
-    if arguments.max_new_tokens < 1:
-        raise ValueError(f"--max_new_tokens {arguments.max_new_tokens}: must be at least 1")
     context = context_length(checkpoint)
     room = None if context is None else context - arguments.max_new_tokens
     if room is not None and room < 1:

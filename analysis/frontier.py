@@ -50,6 +50,7 @@ REWARD, KL, LOG_RATIO = "proxy_reward", "kl/reference", "log_ratio/"
 # of responses with normal and heavier-tailed rewards. The bias that the jackknife leaves, O(1/n_eff²), counts for more
 # where the prompts are given, since the intervals are shorter.
 MIN_EFFECTIVE = {"prompts": 20.0, "samples": 50.0}
+NUM_SAMPLES = 64
 
 
 # ── Samples of the reference ──────────────────────────────────────────────────────────────────────────────────────────
@@ -104,7 +105,7 @@ def score_samples(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_new_tokens: int,
-    num_samples: int = 64,
+    num_samples: int = NUM_SAMPLES,
     rewards: Mapping[str, Reward] | None = None,
     others: Mapping[str, Source] | None = None,
     temperature: float = 1.0,
@@ -291,6 +292,8 @@ def ideal_frontier(
     """
     _require_settings(kl_coefs, over, len(prompts))
     _require_mixture(mixture, [f"{LOG_RATIO}{name}" for name in sampling.get("others") or {}])
+    if reason := too_few_samples(sampling.get("num_samples", NUM_SAMPLES), over, min_effective):
+        raise ValueError(f"num_samples={sampling.get('num_samples', NUM_SAMPLES)}: {reason}")
     samples = score_samples(reference, reward, prompts, tokenizer, **sampling)
     return frontier_of_samples(
         samples,
@@ -341,7 +344,7 @@ def frontier_of_samples(
     for column, beta in enumerate(coefficients):
         pseudo, effective[:, column] = _tilt(samples, beta, mixture)
         mean_effective = float(harmonic_mean(effective[:, column]))
-        if mean_effective >= least:
+        if mean_effective >= least * (1 - 1e-9):  # n samples of equal weights are n effective ones but for rounding
             means[:, column] = pseudo.mean(axis=(1, 2))
             draws[:, :, column] = _resampled(pseudo, over, num_resamples, seed)
         elif kl_coefs is not None:
@@ -414,6 +417,17 @@ def best_of_n(
         confidence=confidence,
         metadata=metadata,
         n=np.array(sizes),
+    )
+
+
+def too_few_samples(num_samples: int, over: str = "prompts", min_effective: float | None = None) -> str | None:
+    """Why so many samples a prompt cannot give one point of a frontier; None where they may."""
+    least = MIN_EFFECTIVE[over] if min_effective is None else min_effective
+    if num_samples >= least:
+        return None
+    return (
+        f"every β would be refused, since each needs {least:g} effective samples a prompt, and there are never more "
+        f"than samples; give at least {math.ceil(least)}, better several times as many"
     )
 
 

@@ -11,8 +11,9 @@ METRIC    loss=FILE              demonstrations: nats per response token
 from __future__ import annotations
 
 import argparse
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,9 +22,10 @@ from analysis import metrics
 from analysis.exploration import policy_of
 from analysis.metrics import Metric
 from rlhf.data import load_examples
-from rlhf.models import load_tokenizer, require_checkpoint, require_same_tokenizer
+from rlhf.models import load_tokenizer, require_language_model, require_same_tokenizer
 from rlhf.reference import load_model_reference
 from rlhf.rewards import Reward, load_reward
+from soupkit.options import parse_device
 
 REWARDS = ("proxy_reward", "gold_reward")
 # A name before "=": what has a slash or a plus is the start of a path that contains "=".
@@ -37,6 +39,68 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise ValueError."""
         raise ValueError(message)
+
+
+class Checked(argparse.Action):
+    """Stores what ``parse`` makes of a text; its ValueError is told with the flag as it was typed."""
+
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, *, parse: Callable[[str], Any], **settings: Any
+    ) -> None:
+        super().__init__(option_strings, dest, **settings)
+        self.parse = parse
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Store the value, or raise ValueError."""
+        try:
+            setattr(namespace, self.dest, self.parse(values))
+        except ValueError as error:
+            raise ValueError(f"{option_string} {values}: {error}") from None
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """A parser of whole numbers that are at least this."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError(f"is no whole number; give one of {least} or more") from None
+        if value < least:
+            raise ValueError(f"must be at least {least}")
+        return value
+
+    return parse
+
+
+def real_number(least: float, *, above: bool = False) -> Callable[[str], float]:
+    """A parser of finite numbers that are at least this, or with ``above`` greater."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (least < value < math.inf or (value == least and not above)):
+            raise ValueError(f"must be a finite number {'greater than' if above else 'of at least'} {least:g}")
+        return value
+
+    return parse
+
+
+def device_name(text: str) -> str:
+    """The name of a device that torch has here, or ValueError."""
+    try:
+        parse_device(text)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix(f"device {text!r}").lstrip(": ")) from None
+    return text
 
 
 def named_texts(texts: Sequence[str], what: str) -> dict[str, str]:
@@ -54,12 +118,12 @@ def named_texts(texts: Sequence[str], what: str) -> dict[str, str]:
 def read_checkpoints(texts: Sequence[str]) -> dict[str, str]:
     """{name: folder} of ``[NAME=]FOLDER`` texts; of a run folder, its policy.
 
-    Raises FileNotFoundError for a folder that is absent or no checkpoint, ValueError for a name given twice and for
-    models whose tokenizers differ.
+    Raises FileNotFoundError for a folder that is absent or no checkpoint, ValueError for a name given twice, for a
+    reward model and for models whose tokenizers differ.
     """
     named = {name: str(policy_of(folder)) for name, folder in named_texts(texts, "checkpoint").items()}
     for folder in named.values():
-        require_checkpoint(folder)
+        require_language_model(folder)
     for other in list(named.values())[1:]:
         require_same_tokenizer(next(iter(named.values())), other)
     return named
@@ -125,6 +189,7 @@ def read_metrics(
             _enter(rewards, name, value)
         elif kind == "kl" and value:
             folder = str(policy_of(value))
+            require_language_model(folder)
             require_same_tokenizer(checkpoint, folder)
             _enter(references, own or Path(value).resolve().name, folder)
         elif text != "entropy":

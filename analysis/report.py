@@ -48,8 +48,15 @@ class Run:
 
     @property
     def divergences(self) -> list[str]:
-        """Names of the models that KL was measured to, from ``metrics.jsonl``."""
+        """Names of the models that KL was measured to at every update, from ``metrics.jsonl``."""
         return [name[3:] for name in self.rows[0] if name.startswith("kl/") and not name.endswith("_stderr")]
+
+    @property
+    def held_out_divergences(self) -> list[str]:
+        """Names of the models that KL was measured to before and after training, from ``summary.json``: more of them,
+        since each of the reference's is among these, and the policy's start. None for an unfinished run.
+        """
+        return [] if self.summary is None else list(self.summary["kl"])
 
 
 @dataclass(frozen=True)
@@ -95,8 +102,9 @@ def write_report(runs: Mapping[str, Run], output: str | os.PathLike[str], *, kl_
     """Write the page about some runs, and return where it is.
 
     ``output`` is a new file: ``.html``, with the figures in it, or ``.md``, with the figures in a folder beside it
-    (``report_figures`` for ``report.md``). ``kl_to`` is the model of the KL axis; by default the reference where all
-    runs have the same, and else the first model that all measured the KL to.
+    (``report_figures`` for ``report.md``). ``kl_to`` is the model of the KL axes; by default the reference where all
+    runs have the same, and else the first model that all measured the KL to. Where it was measured on held-out prompts
+    alone, it is the axis of the reached frontier, and the learning curves keep theirs and say so.
 
     Raises ValueError for another suffix, and for a ``kl_to`` that a run has not measured.
 
@@ -123,7 +131,13 @@ def write_report(runs: Mapping[str, Run], output: str | os.PathLike[str], *, kl_
 
 def page(runs: Mapping[str, Run], *, kl_to: str | None = None) -> list[Section]:
     """The sections of the page about some runs."""
-    axis = kl_axis(runs, kl_to)
+    axis, reached_axis = kl_axes(runs, kl_to)
+    caption = "Training batches, mean ± one standard error; last, reward against KL, the end ringed."
+    if kl_to not in (None, axis):
+        caption += (
+            f" The KL is that to {axis}, since not all runs measured the KL to {kl_to} at every update; train with "
+            "track_kl to see that here too."
+        )
     rows = {name: run.rows for name, run in runs.items()}
     divergences = list(dict.fromkeys(f"kl/{name}" for run in runs.values() for name in run.divergences))
     sections = [
@@ -134,7 +148,7 @@ def page(runs: Mapping[str, Run], *, kl_to: str | None = None) -> list[Section]:
             [
                 Figure(
                     "learning_curves",
-                    "Training batches, mean ± one standard error; last, reward against KL, the end ringed.",
+                    caption,
                     partial(plots.plot_dashboard, rows, x=f"kl/{axis}"),
                 )
             ],
@@ -153,23 +167,42 @@ def page(runs: Mapping[str, Run], *, kl_to: str | None = None) -> list[Section]:
         Section("Samples", _samples(runs)),
     ]
     if len(runs) > 1:
-        sections.append(Section("Reached frontier", _reached(runs, axis)))
+        sections.append(Section("Reached frontier", _reached(runs, reached_axis)))
     return sections
 
 
-def kl_axis(runs: Mapping[str, Run], kl_to: str | None = None) -> str:
-    """The model to whose KL rewards are drawn against: ``kl_to``, or the reference where all runs share it, or else the
-    first model that all measured the KL to.
+def kl_axes(runs: Mapping[str, Run], kl_to: str | None = None) -> tuple[str, str]:
+    """The models to whose KL rewards are drawn against: over updates, and in the frontier that finished runs reached.
+
+    ``kl_to``, where all measured it; else the reference where all runs share it, or the first other model that all
+    measured the KL to. A ``kl_to`` that was measured on held-out prompts alone is the second axis and not the first.
+
+    Raises ValueError for a ``kl_to`` that is neither, and for runs that have no model in common.
     """
-    shared = [
-        name for name in next(iter(runs.values())).divergences if all(name in r.divergences for r in runs.values())
-    ]
-    if kl_to is not None:
-        if kl_to not in shared:
-            raise ValueError(f"kl_to={kl_to}: not measured by every run; choose one of {shared}")
-        return kl_to
-    if not shared:
+    finished = [run for run in runs.values() if run.summary is not None]
+    over_updates = _in_common([run.divergences for run in runs.values()])
+    held_out = _in_common([run.held_out_divergences for run in finished]) if len(finished) > 1 else []
+    if kl_to is not None and kl_to not in [*over_updates, *held_out]:
+        measured = kl_to in _in_common([run.held_out_divergences for run in finished])
+        why = ", which curves need; train with track_kl to have it" if measured else ""
+        also = f" or, for the frontier alone, {held_out}" if held_out else ""
+        raise ValueError(
+            f"kl_to={kl_to}: not measured by every run at every update{why}; choose one of {over_updates}{also}"
+        )
+    if not over_updates:
         raise ValueError("runs: measured the KL to no model in common; report them one by one")
+    axis = kl_to if kl_to is not None and kl_to in over_updates else _default_axis(runs, over_updates)
+    if kl_to is not None and kl_to in held_out:
+        return axis, kl_to
+    # Rewards are not compared by the KLs to references that differ where finished runs share another model.
+    return axis, _default_axis(runs, held_out) if held_out and axis == "reference" and kl_to is None else axis
+
+
+def _in_common(names: Sequence[Sequence[str]]) -> list[str]:
+    return [name for name in (names[0] if names else []) if all(name in others for others in names)]
+
+
+def _default_axis(runs: Mapping[str, Run], shared: Sequence[str]) -> str:
     references = [
         [run.settings.get(name) for name in ("reference", "reference_weights", "reference_kind")]
         for run in runs.values()

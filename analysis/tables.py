@@ -21,6 +21,7 @@ from analysis.run_frontier import RewardKLFrontier
 from soupkit.tables import finite_or_none, number, text_table
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the KL that all frontiers span: where they are compared
+NO_POINTS = "every β was refused, as its effective samples a prompt are too few; sample more (num_samples)"
 
 
 @dataclass(frozen=True)
@@ -161,13 +162,20 @@ def of_frontier(label: str, result: SampledFrontier) -> Table:
         if np.isfinite(result.mean[:, c]).all()
     ]
     kind = "Ideal frontier" if first == "β" else "Best of n"
-    return Table(f"{kind} of {label}", [first, *result.names], rows)
+    return Table(f"{kind} of {label}" if rows else f"{kind} of {label}: {NO_POINTS}", [first, *result.names], rows)
 
 
 def of_differences(frontiers: Mapping[str, SampledFrontier], y: str, x: str = KL) -> Table:
-    """Frontiers at equal KL: the reward of each, and how much more it is than the first's, with paired intervals."""
+    """Frontiers at equal KL: the reward of each, and how much more it is than the first's, with paired intervals.
+
+    Raises ValueError for a frontier without points, and for those that share no KL.
+    """
     (first, base), *others = frontiers.items()
-    low, high = _span([f[x].estimate[np.isfinite(f[x].estimate)] for f in frontiers.values()])
+    kls = {name: frontier[x].estimate for name, frontier in frontiers.items()}
+    for name, found in kls.items():
+        if not np.isfinite(found).any():
+            raise ValueError(f"frontier {name!r}: {NO_POINTS}")
+    low, high = _span([found[np.isfinite(found)] for found in kls.values()])
     rows = []
     for kl in (low + share * (high - low) for share in SHARES):
         cells = [with_limits(frontier.at_kl(kl, y, x)) for frontier in frontiers.values()]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import mkdtemp
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,8 +20,13 @@ def require_new(folder: str | Path) -> Path:
     if folder.exists():
         raise FileExistsError(f"{folder}: exists already; choose another --output or remove it")
     parent = next(path for path in folder.absolute().parents if path.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise PermissionError(f"{folder}: cannot be made, {parent} is no writable folder; choose another --output")
+    try:
+        # Permissions do not tell: root has all of them, and still cannot write to /proc or a file system that is full.
+        os.rmdir(mkdtemp(prefix=".writable-", dir=parent))
+    except OSError:
+        raise PermissionError(
+            f"{folder}: cannot be made, {parent} is no writable folder; choose another --output"
+        ) from None
     return folder
 
 

@@ -46,6 +46,13 @@ def require_checkpoint(model: str | Path) -> Path:
     return folder
 
 
+def require_language_model(model: str | Path) -> None:
+    """Raise ValueError where the config says that this is a reward model, or another that classifies texts."""
+    for name in AutoConfig.from_pretrained(require_checkpoint(model)).architectures or []:
+        if "SequenceClassification" in name:
+            raise ValueError(f"{model}: a reward model ({name}), but a language model is expected; give one")
+
+
 def context_length(folder: str | Path) -> int | None:
     """The most tokens that the folder's model can read at once, where its config says so."""
     config = AutoConfig.from_pretrained(require_checkpoint(folder))
@@ -57,9 +64,10 @@ def _load(
 ) -> Any:
     """``from_pretrained``, refusing tensors it would draw at random (but for ``new``) or drop (but for ``unused``)."""
     try:
-        model, report = auto_class.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, **settings
-        )
+        with _quiet():  # the report comes back, and what is wrong in it is told below in one line
+            model, report = auto_class.from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+            )
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{folder}: cannot read its weights ({reason}); copy or save the folder again") from None
@@ -95,6 +103,7 @@ def load_causal_lm(
 
     Also from a hub id, and from "BASE+ADAPTER", whose LoRA adapter is folded into the weights.
     """
+    require_language_model(folder)
     model = _load(AutoModelForCausalLM, require_checkpoint(folder), dtype=dtype)
     if base_and_adapter(folder):
         model = with_weights(model, folded(folder)).to(dtype)  # type: ignore[arg-type]
@@ -227,9 +236,9 @@ def load_scalar_head_model(
     config.num_labels = 1
     # A language model lacks the head that is wanted here, and has one that is not.
     new, unused = ((), ()) if has_head else (("score.weight",), ("lm_head.weight",))
-    with nullcontext() if has_head else _quiet():
-        model = _load(AutoModelForSequenceClassification, folder, new, unused, config=config, dtype=torch.float32)
-        if base_and_adapter(source):
+    model = _load(AutoModelForSequenceClassification, folder, new, unused, config=config, dtype=torch.float32)
+    if base_and_adapter(source):
+        with nullcontext() if has_head else _quiet():
             model = with_weights(model, folded(source))
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise ValueError(
@@ -258,7 +267,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' report of a newly initialised head, which is what is wanted here."""
+    """Silence transformers' table of tensors that a folder lacks or has too many of."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from argparse import _SubParsersAction
 from collections.abc import Sequence
+from errno import ENOENT
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import interrupted_at, ppo_arguments, run_python
 from matplotlib.figure import Figure
 
 import analysis.points
+import rlhf.models
 import rlhf.ppo
 import soupkit
 from analysis import Hessian, IdealFrontier, KLGeometry, KLMatrix, Line, Plane, RewardKLFrontier
-from analysis.__main__ import main
+from analysis.__main__ import _parser, main
 from analysis.divergence import Samples
 from analysis.inputs import read_checkpoints
 from analysis.metrics import measure
@@ -253,7 +258,7 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(
         (["line", first, second, "--metric", f"kl={third}"], "give --prompts FILE"),
         (["line", first, second, "--metric", "gold_reward=helpers:nothing", *prompts], "has no function 'nothing'"),
         (["line", first, second, "--metric", "entropy", "--prompts", empty, *SAMPLING], "empty.txt: no prompts"),
-        (["line", first, second, *loss, "--steps", "1"], "steps=1: must be at least 2"),
+        (["line", first, second, *loss, "--steps", "1"], "--steps 1: must be at least 2"),
         (["line", first, second, *loss, "--step", "3"], "unrecognized arguments: --step 3"),
         (["plane", first, second, middle, *loss], "checkpoint 'middle': lies on the line through 'first' and 'second'"),
         (["plane", first, second, *loss], "a plane needs three, found 2"),
@@ -266,6 +271,14 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(
         (["frontier"], "give references, for what could be reached"),
         (["frontier", first, *prompts], "--reward: is needed"),
         (["frontier", first, *prompts, "--reward", "helpers:share_of_a", "--kl_to", "x"], "is none of the references"),
+        (
+            ["frontier", first, *prompts, "--reward", "helpers:share_of_a", "--num_samples", "19"],
+            "--num_samples 19: every β would be refused, since each needs 20 effective samples a prompt",
+        ),
+        (
+            ["frontier", first, *prompts, "--reward", "helpers:share_of_a", "--num_prompts", "1"],
+            "prompts.txt: one prompt is no sample of prompts; give two or more",
+        ),
         (["frontier", "--runs", runs["plain"]], "write GROUP=RUN,RUN"),
         (["frontier", "--runs", f"plain={first}"], "first: no PPO run"),
         (["frontier", "--runs", f"plain={runs['plain']}", "--kl_to", "third"], "did not measure 'kl/third'"),
@@ -287,6 +300,140 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(
     ):
         assert message in error_of(capsys, *arguments)
     assert files_of(tmp_path) == before
+
+
+COMMANDS = ("line", "plane", "kl", "frontier", "curvature")
+SAMPLED = COMMANDS[:-1]
+LEAST = {"--batch_size": 1, "--seed": 0}
+LEAST_OF = {
+    "line": LEAST | {"--steps": 2, "--num_prompts": 1, "--max_new_tokens": 1},
+    "plane": LEAST | {"--steps": 2, "--num_prompts": 1, "--max_new_tokens": 1},
+    "kl": LEAST | {"--num_responses": 1, "--num_prompts": 1, "--max_new_tokens": 1},
+    "frontier": LEAST | {"--num_samples": 2, "--average": 1, "--num_prompts": 1, "--max_new_tokens": 1},
+    "curvature": LEAST | {"--num_eigenvalues": 0, "--num_probes": 0, "--num_examples": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "flag"), [(command, flag) for command in COMMANDS for flag in LEAST_OF[command]])
+def test_counts_that_are_too_small_are_refused_as_typed(
+    command: str, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    least = LEAST_OF[command][flag]
+    for typed in (flag, "--" + flag[2:].replace("_", "-")):
+        assert error_of(capsys, command, typed, least - 1) == f"{typed} {least - 1}: must be at least {least}"
+    assert error_of(capsys, command, flag, "2.5") == f"{flag} 2.5: is no whole number; give one of {least} or more"
+    assert "required" in error_of(capsys, command, flag, least)
+
+
+def test_every_count_of_every_command_is_checked() -> None:
+    (commands,) = (action for action in _parser()._actions if isinstance(action, _SubParsersAction))
+    for name, command in commands.choices.items():
+        counts = {action.option_strings[0] for action in command._actions if isinstance(action.default, int)}
+        switches = {action.option_strings[0] for action in command._actions if action.nargs == 0}
+        assert counts - switches <= set(LEAST_OF.get(name, {})), name
+        assert int not in [action.type for action in command._actions], name
+
+
+@pytest.mark.parametrize("temperature", ["0", "-1", "nan", "inf", "warm"])
+@pytest.mark.parametrize("command", SAMPLED)
+def test_temperatures_are_finite_and_greater_than_0(
+    command: str, temperature: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = error_of(capsys, command, "--temperature", temperature)
+    assert message == f"--temperature {temperature}: must be a finite number greater than 0"
+
+
+@pytest.mark.parametrize("margin", ["-0.1", "inf", "nan", "wide"])
+@pytest.mark.parametrize("command", ["line", "plane"])
+def test_margins_are_finite_and_not_negative(command: str, margin: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_of(capsys, command, f"--margin={margin}")
+    assert message == f"--margin {margin}: must be a finite number of at least 0"
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        ("cuda", "torch finds 0 CUDA devices: use cpu"),
+        ("cuda:7", "torch finds 0 CUDA devices: use cpu"),
+        ("gpu", "is unknown: choose cpu, cuda or cuda:N"),
+        ("meta", "is not supported: choose cpu, cuda or cuda:N"),
+    ],
+)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_devices_that_are_not_there_are_refused(
+    command: str, device: str, reason: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    message = error_of(capsys, command, "--device", device)
+    assert message.startswith(f"--device {device}: ")
+    assert message.endswith(reason)
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("name", ["reference", "first", "second", "third"])
+def test_report_and_frontier_agree_on_what_runs_measured(name: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    groups = [f"{group}={folder}" for group, folder in runs.items()]
+    expected = 2 if name == "third" else 0
+    assert run("frontier", "--runs", *groups, "--kl_to", name, "--output", tmp_path / "reached") == expected
+    assert run("report", *runs.values(), "--kl_to", name, "--output", tmp_path / "report.md") == expected
+    if expected == 0:
+        text = (tmp_path / "report.md").read_text(encoding="utf-8")
+        assert f"| kl/{name} | gold_reward |" in text
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "report"])
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    command: str,
+    checkpoints: dict[str, Path],
+    data: Path,
+    prompt_file: Path,
+    runs: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(ENOENT, os.strerror(ENOENT), "what /proc says to root")
+
+    first, second = checkpoints["first"], checkpoints["second"]
+    needed = {
+        "line": [first, second, "--metric", f"loss={data}"],
+        "plane": [first, second, checkpoints["third"], "--metric", f"loss={data}"],
+        "kl": [first, second, "--prompts", prompt_file],
+        "frontier": [first, "--reward", "helpers:share_of_a", "--prompts", prompt_file],
+        "curvature": [first, "--data", data],
+        "report": [runs["plain"]],
+    }[command]
+    monkeypatch.setattr(os, "mkdir", refuse)
+    monkeypatch.setattr(rlhf.models, "_load", pytest.fail)
+    output = tmp_path / "sealed" / "page.html"
+    message = error_of(capsys, command, *needed, "--output", output)
+    assert message == f"{output}: cannot be made, {tmp_path} is no writable folder; choose another --output"
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "kl="])
+def test_a_reward_model_is_no_language_model(
+    command: str,
+    checkpoints: dict[str, Path],
+    data: Path,
+    prompt_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, reward = checkpoints["first"], checkpoints["reward"]
+    arguments: list[object] = {
+        "line": ["line", first, reward, "--metric", f"loss={data}"],
+        "plane": ["plane", first, checkpoints["second"], reward, "--metric", f"loss={data}"],
+        "kl": ["kl", first, reward, "--prompts", prompt_file],
+        "frontier": ["frontier", first, reward, "--reward", "helpers:share_of_a", "--prompts", prompt_file],
+        "curvature": ["curvature", reward, "--data", data],
+        "kl=": ["line", first, checkpoints["second"], "--metric", f"kl={reward}", "--prompts", prompt_file, *SAMPLING],
+    }[command]
+    monkeypatch.setattr(rlhf.models, "_load", pytest.fail)
+    assert error_of(capsys, *arguments, "--output", tmp_path / "out") == (
+        f"{reward}: a reward model (LlamaForSequenceClassification), but a language model is expected; give one"
+    )
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from helpers import make_tokenizer
 from scipy import stats
 from test_analysis_kl import LENGTH, SPECIAL, all_responses, enumerated, llama
 
-from analysis import BestOfN, IdealFrontier, ScoredSamples, best_of_n, frontier_of_samples, ideal_frontier
+from analysis import BestOfN, IdealFrontier, ScoredSamples, best_of_n, frontier_of_samples, ideal_frontier, tables
 from analysis import frontier as module
 from analysis.frontier import confidence_ellipse, interpolate_at_kl, score_samples
 from rlhf.data import Prompt
@@ -222,6 +222,43 @@ def test_a_beta_too_small_is_refused_or_left_out() -> None:
     assert (np.diff(found["kl/reference"].estimate[~refused]) > 0).all()
     np.testing.assert_allclose(found.mean_effective, stats.hmean(found.effective, axis=0))
     assert found.effective.shape == (30, 17)
+
+
+@pytest.mark.parametrize(("over", "least"), [("prompts", 20), ("samples", 50)])
+def test_as_many_samples_as_must_be_effective_give_the_reference_itself(over: str, least: int) -> None:
+    samples = TABLE.sample(np.random.default_rng(4), np.arange(5), least)
+    found = frontier_of_samples(samples, over=over, num_resamples=10)
+    assert np.isfinite(found.mean[:, 0]).all()
+    np.testing.assert_allclose(found["proxy_reward"].estimate[0], samples.values[0].mean())
+
+
+def test_a_frontier_without_points_says_so_in_words() -> None:
+    few, many = (TABLE.sample(np.random.default_rng(4), np.arange(5), n) for n in (8, 64))
+    frontiers = {"soup": frontier_of_samples(many, num_resamples=10), "sft1": frontier_of_samples(few, num_resamples=9)}
+    shown = tables.of_frontier("sft1", frontiers["sft1"])
+    assert shown.rows == []
+    assert shown.title == f"Ideal frontier of sft1: {tables.NO_POINTS}"
+    assert tables.or_reason(lambda: tables.of_differences(frontiers, "gold_reward")) == (
+        "No comparison at equal KL: frontier 'sft1': every β was refused, as its effective samples a prompt are too "
+        "few; sample more (num_samples)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_samples": 19}, "num_samples=19: every β would be refused, since each needs 20 effective samples"),
+        ({"num_samples": 49, "over": "samples"}, "num_samples=49: every β would be refused, since each needs 50"),
+        ({"min_effective": 64.5}, "num_samples=64: every β .* needs 64.5 .*; give at least 65"),
+    ],
+)
+def test_too_few_samples_are_refused_before_any_is_drawn(
+    settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "sample", pytest.fail)
+    prompts = [Prompt("", [1]), Prompt("", [2])]
+    with pytest.raises(ValueError, match=message):
+        ideal_frontier(llama(1), TokenSum(), prompts, make_tokenizer(SPECIAL), max_new_tokens=2, **settings)
 
 
 # ── At one KL ─────────────────────────────────────────────────────────────────────────────────────────────────────────

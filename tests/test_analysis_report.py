@@ -14,8 +14,9 @@ import pytest
 import yaml
 from matplotlib.figure import Figure as MatplotlibFigure
 
+from analysis import plots
 from analysis.bootstrap import Interval
-from analysis.report import Section, as_html, group_runs, kl_axis, page, read_runs, write_report
+from analysis.report import Figure, Section, as_html, group_runs, kl_axes, page, read_runs, write_report
 from analysis.tables import Table, or_reason, to_json, with_error, with_limits
 from rlhf.metrics import Estimate
 
@@ -28,7 +29,14 @@ def measured(before: float, after: float) -> dict[str, float]:
 
 
 def make_run(
-    folder: Path, *, finished: bool = True, gold: bool = True, kl: float = 4.0, updates: int = 8, **settings: Any
+    folder: Path,
+    *,
+    finished: bool = True,
+    gold: bool = True,
+    kl: float = 4.0,
+    updates: int = 8,
+    tracked: bool = True,
+    **settings: Any,
 ) -> Path:
     """A run folder whose gold reward after training is 1 + √kl, and whose last responses are all the same."""
     folder.mkdir(parents=True)
@@ -38,7 +46,7 @@ def make_run(
     for update in range(1, updates + 1):
         row = {"update": update, "episodes": 16 * update, "proxy_reward": 0.1 * update, "proxy_reward_stderr": 0.05}
         row |= {"gold_reward": 0.2 * update, "gold_reward_stderr": 0.05} if gold else {}
-        for name in ("reference", "sft1"):
+        for name in ("reference", "sft1") if tracked else ("reference",):
             row |= {f"kl/{name}": kl * update / 8, f"kl/{name}_stderr": 0.1}
         row |= {"entropy": 1.0, "entropy_stderr": 0.1, "response_length": 20.0, "response_length_stderr": 0.5}
         rows.append({**row, "objective": 0.0})
@@ -147,9 +155,9 @@ def test_settings_that_differ_are_marked_and_group_runs(tmp_path: Path) -> None:
             for coef in (0.1, 0.25)
         ]
     )
-    assert kl_axis(runs) == "sft1"  # the references differ
-    assert kl_axis({name: runs[name] for name in ("plain-0-0.1", "plain-1-0.1")}) == "reference"
-    assert kl_axis(runs, "reference") == "reference"
+    assert kl_axes(runs) == ("sft1", "sft1")  # the references differ
+    assert kl_axes({name: runs[name] for name in ("plain-0-0.1", "plain-1-0.1")}) == ("reference", "reference")
+    assert kl_axes(runs, "reference") == ("reference", "reference")
     groups = group_runs(runs)
     assert {label: len(members) for label, members in groups.items()} == {"reference=sft1": 4, "reference=sft1+sft2": 4}
     found = tables(page(runs))
@@ -161,6 +169,29 @@ def test_settings_that_differ_are_marked_and_group_runs(tmp_path: Path) -> None:
     assert equal.header[-1] == "reference=sft1+sft2 − reference=sft1"
     # Both groups reach the same at each KL, 1 + √KL; the last row is at the largest KL of all, 10.
     assert equal.rows[-1] == ["10", "4.16 [4.16, 4.16]", "4.16 [4.16, 4.16]", "0 [0, 0]"]
+
+
+def test_a_model_measured_on_held_out_prompts_alone_is_the_axis_of_the_frontier(tmp_path: Path) -> None:
+    """As two runs are whose references are sft1 and a soup of it, without ``track_kl``."""
+    both = ["models/sft1", "models/sft2"]
+    run = read_runs([str(make_run(tmp_path / "run", reference=both, tracked=False))])
+    runs = run | read_runs([str(make_run(tmp_path / "plain", tracked=False))])
+    cut = run | read_runs([str(make_run(tmp_path / "cut", tracked=False, finished=False))])
+    assert kl_axes(runs, "sft1") == ("reference", "sft1")
+    assert kl_axes(runs) == ("reference", "sft1")  # the references differ
+    sections = page(runs, kl_to="sft1")
+    assert tables(sections)["Reached, mean over seeds"].header[-2:] == ["kl/sft1", "gold_reward"]
+    (curves,) = next(section for section in sections if section.title == "Learning curves").blocks
+    assert isinstance(curves, Figure)
+    assert "The KL is that to reference, since not all runs measured the KL to sft1 at every update" in curves.caption
+    assert curves.draw()[-1, -1].get_xlabel() == plots.label_of("kl/reference")
+    for few in (run, cut):  # without a frontier nothing could be drawn against it
+        with pytest.raises(ValueError, match=r"kl_to=sft1: not measured .* at every update, which curves need; train"):
+            kl_axes(few, "sft1")
+    with pytest.raises(
+        ValueError, match=r"choose one of \['reference'\] or, for the frontier alone, \['reference', 's"
+    ):
+        kl_axes(runs, "absent")
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -72,8 +72,11 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 # changed settings (@NAME is a path, see `place`), and what the line must say
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"reference": ["@reward"]}, r"reward: LlamaForCausalLM has no place for 1 of its tensors \(first: score\.weight"),
-    ({"policy": "@reward"}, r"reward: LlamaForCausalLM has no place for 1 of its tensors"),
+    (
+        {"reference": ["@reward"]},
+        r"reward: a reward model \(LlamaForSequenceClassification\), but a language model is exp",
+    ),
+    ({"policy": "@reward"}, "reward: a reward model .*, but a language model is expected"),
     ({"output": "@one.txt/run"}, "one.txt/run: cannot be made, .*one.txt is no writable folder"),
     ({"reward": None}, "--policy, --reward and --prompts belong together"),
     ({"prompts": None}, "--policy, --reward and --prompts belong together"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from logging import Handler
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from helpers import BOS, CONTEXT, EOS, PAD, llama_config, make_tokenizer, pad_more, random_examples
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
@@ -237,3 +240,27 @@ def test_a_hub_id_stands_for_its_snapshot(
     assert require_checkpoint("org/name@main") == checkpoints["first"]
     with pytest.raises(FileNotFoundError, match="absent: no such folder"):
         require_checkpoint("absent")
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_what_is_wrong_with_weights_is_told_by_the_error_alone(
+    change: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(checkpoints["first"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    if change == "missing":
+        del tensors["model.norm.weight"]
+    else:
+        tensors["model.extra.weight"] = torch.zeros(2)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    records: list[str] = []
+    handler = Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    transformers.utils.logging.add_handler(handler)
+    try:
+        with pytest.raises(ValueError, match=r"model\.(norm|extra)\.weight"):
+            load_causal_lm(folder)
+    finally:
+        transformers.utils.logging.remove_handler(handler)
+    assert records == []
