@@ -175,7 +175,7 @@ def _equal_kl_elsewhere(outcomes: Outcomes) -> Section | None:
     intro = (
         f"The same at the KLs that {compare.baseline} and the arm reached at other β than {compare.kl_coef:g}; a β "
         "whose KL no draw has on both curves is left out. Between the start and the first point of a curve gold rises "
-        "more steeply than the line that is read there, which flatters the arm with less KL, as the other is read there. "
+        "more steeply than the line that is read there, which flatters the arm with less KL: the other is read there. "
         f"{EXPLORATORY}"
     )
     rows = [[arm, *(_limits(found[i]) for found in columns.values())] for i, arm in enumerate(arms)]
