@@ -326,8 +326,8 @@ def _regimes(study: Study, tables: Tables) -> Section | None:
                     arm,
                     _limits(effect(inside)),
                     _limits(effect(outside)),
-                    _limits(difference(view, arm, compare.baseline, GOLD, compare.kl_coef)),
                     NONE if arm == compare.treatment else _limits(effect(against)),
+                    *(_limits(difference(view, arm, compare.baseline, GOLD, kl_coef)) for kl_coef in study.kl_coefs),
                     _mean(effect(view.measured(compare.baseline, GOLD, compare.kl_coef))),
                 ]
             )
@@ -335,11 +335,13 @@ def _regimes(study: Study, tables: Tables) -> Section | None:
         return None
     described = "; ".join(f"({name}) {regime.description}" for name, regime in study.regimes.items())
     intro = (
-        f"Regimes: {described}. Gold less {compare.baseline}'s at equal {_kl_name(compare.axis)}, at equal β = "
-        f"{compare.kl_coef:g}, and less {compare.treatment}'s at equal KL; then {compare.baseline}'s own. {EXPLORATORY}"
+        f"Regimes: {described}. Gold less {compare.baseline}'s, and {compare.treatment}'s, at equal "
+        f"{_kl_name(compare.axis)}, and at equal β; then {compare.baseline}'s own at β = {compare.kl_coef:g}. "
+        f"{EXPLORATORY}"
     )
-    header = ["regime", "arm", "equal KL", "equal KL, held-out", "equal β", f"less {compare.treatment}'s"]
-    return Section("Regimes", [intro, Table("", [*header, f"gold of {compare.baseline}"], rows, num_left=2)])
+    header = ["regime", "arm", "equal KL", "equal KL, held-out", f"equal KL, less {compare.treatment}'s"]
+    header += [*(f"equal β = {kl_coef:g}" for kl_coef in study.kl_coefs), f"gold of {compare.baseline}"]
+    return Section("Regimes", [intro, Table("", header, rows, num_left=2)])
 
 
 def _predictions(study: Study, tables: Tables) -> Section | None:
@@ -383,6 +385,7 @@ def _predictions(study: Study, tables: Tables) -> Section | None:
 
 def _models(study: Study, tables: Tables) -> Section | None:
     axis_model = study.compare.axis.removeprefix("kl/")
+    axes = list(dict.fromkeys([study.compare.axis, study.compare.moved]))
     rows = []
     for number, (name, regime) in enumerate(study.regimes.items()):
         view, changed = Outcomes(study, tables, name), set(regime.models)
@@ -392,13 +395,12 @@ def _models(study: Study, tables: Tables) -> Section | None:
             loss, of_axis_model = view.model(model, "loss"), view.model(axis_model, "loss")
             less = effect(loss - of_axis_model)
             below = f"{int((less.values < 0).sum())} of {less.used}" if less.used and model != axis_model else NONE
-            gold, kl = effect(view.model(model, GOLD)), effect(view.model(model, study.compare.axis))
+            gold = effect(view.model(model, GOLD))
             if not (gold.used or less.used):
                 continue
             cells = [_mean(effect(loss)), NONE if model == axis_model else _mean(less), below]
-            rows.append(
-                [name, model, *cells, _mean(gold), _mean(effect(_held_out(view).model(model, GOLD))), _mean(kl)]
-            )
+            cells += [_mean(gold), _mean(effect(_held_out(view).model(model, GOLD)))]
+            rows.append([name, model, *cells, *(_mean(effect(view.model(model, axis))) for axis in axes)])
     if not rows:
         return None
     intro = (
@@ -407,9 +409,8 @@ def _models(study: Study, tables: Tables) -> Section | None:
         "regime lists the models that differ from the first's."
     )
     header = ["regime", "model", "loss (nats a token)", f"less {axis_model}'s", "draws below", "gold", "gold, held-out"]
-    return Section(
-        "The models", [intro, Table("", [*header, f"{_kl_name(study.compare.axis)} (nats)"], rows, num_left=2)]
-    )
+    header += [f"{_kl_name(axis)} (nats)" for axis in axes]
+    return Section("The models", [intro, Table("", header, rows, num_left=2)])
 
 
 def _compute(tables: Tables) -> Section | None:
