@@ -273,7 +273,7 @@ def test_a_row_made_anew_without_the_baseline_s_responses_says_what_it_lacks(
     assert "win rate" not in capsys.readouterr().err
     shutil.rmtree(Study.read(path).work / "draw-1" / "runs")
     run_whole(path, "--arm", "soup", "free", "--again")
-    assert "1 rows have no win rate against plain" in capsys.readouterr().err
+    assert "no win rate against plain in 1 of the rows made now" in capsys.readouterr().err
     assert run_whole(path, "--arm", "plain", "--again") == whole
 
 

@@ -372,14 +372,17 @@ def _row_key(case: Case) -> tuple[str, ...]:
 def _report_unpaired(study: Study, rows: Sequence[Row]) -> None:
     """Say of rows made now which lack a win rate, as the baseline's responses are gone with ``work``."""
     baseline = study.compare.baseline
-    unpaired = [
-        row for row in rows if row["arm"] != baseline and math.isnan(float(row.get("win_rate/baseline", math.nan)))
+    lacking = [
+        row
+        for row in rows
+        if row["arm"] != baseline
+        and not math.isnan(float(row["kl_coef"]))
+        and math.isnan(float(row.get("win_rate/baseline", math.nan)))
     ]
-    lacking = [row for row in unpaired if not math.isnan(float(row["kl_coef"]))]
     if lacking:
         print(
-            f"{len(lacking)} rows have no win rate against {baseline}, whose responses are not in {study.work}: "
-            f"--arm {shlex.quote(baseline)} --again makes them anew",
+            f"no win rate against {baseline} in {len(lacking)} of the rows made now: its responses are not in "
+            f"{study.work}; --arm {shlex.quote(baseline)} --again makes them anew",
             file=sys.stderr,
         )
 
