@@ -381,6 +381,17 @@ def test_report_and_frontier_agree_on_what_runs_measured(name: str, runs: dict[s
         assert f"| kl/{name} | gold_reward |" in text
 
 
+def inputs_of(command: str, models: Sequence[Path], data: Path, prompts: Path) -> list[object]:
+    """What a command cannot do without; its models are the last of those given."""
+    return {
+        "line": [*models[-2:], "--metric", f"loss={data}"],
+        "plane": [*models[-3:], "--metric", f"loss={data}"],
+        "kl": [*models[-2:], "--prompts", prompts],
+        "frontier": [*models[-2:], "--reward", "helpers:share_of_a", "--prompts", prompts],
+        "curvature": [models[-1], "--data", data],
+    }[command]
+
+
 @pytest.mark.parametrize("command", [*COMMANDS, "report"])
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     command: str,
@@ -395,15 +406,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     def refuse(*arguments: object, **options: object) -> None:
         raise OSError(ENOENT, os.strerror(ENOENT), "what /proc says to root")
 
-    first, second = checkpoints["first"], checkpoints["second"]
-    needed = {
-        "line": [first, second, "--metric", f"loss={data}"],
-        "plane": [first, second, checkpoints["third"], "--metric", f"loss={data}"],
-        "kl": [first, second, "--prompts", prompt_file],
-        "frontier": [first, "--reward", "helpers:share_of_a", "--prompts", prompt_file],
-        "curvature": [first, "--data", data],
-        "report": [runs["plain"]],
-    }[command]
+    models = [checkpoints[name] for name in ("first", "second", "third")]
+    needed = [runs["plain"]] if command == "report" else inputs_of(command, models, data, prompt_file)
     monkeypatch.setattr(os, "mkdir", refuse)
     monkeypatch.setattr(rlhf.models, "_load", pytest.fail)
     output = tmp_path / "sealed" / "page.html"
@@ -421,15 +425,11 @@ def test_a_reward_model_is_no_language_model(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    first, reward = checkpoints["first"], checkpoints["reward"]
-    arguments: list[object] = {
-        "line": ["line", first, reward, "--metric", f"loss={data}"],
-        "plane": ["plane", first, checkpoints["second"], reward, "--metric", f"loss={data}"],
-        "kl": ["kl", first, reward, "--prompts", prompt_file],
-        "frontier": ["frontier", first, reward, "--reward", "helpers:share_of_a", "--prompts", prompt_file],
-        "curvature": ["curvature", reward, "--data", data],
-        "kl=": ["line", first, checkpoints["second"], "--metric", f"kl={reward}", "--prompts", prompt_file, *SAMPLING],
-    }[command]
+    first, second, reward = (checkpoints[name] for name in ("first", "second", "reward"))
+    if command == "kl=":
+        arguments = ["line", first, second, "--metric", f"kl={reward}", "--prompts", prompt_file, *SAMPLING]
+    else:
+        arguments = [command, *inputs_of(command, [first, second, reward], data, prompt_file)]
     monkeypatch.setattr(rlhf.models, "_load", pytest.fail)
     assert error_of(capsys, *arguments, "--output", tmp_path / "out") == (
         f"{reward}: a reward model (LlamaForSequenceClassification), but a language model is expected; give one"

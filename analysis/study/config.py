@@ -139,7 +139,7 @@ class Study:
             values["regimes"][name] = Regime(**_checked(Regime, settings, f"{source}: regimes.{name}"))
         values |= {name: Path(values[name]) for name in ("work", "results", "page") if values.get(name)}
         values["arms"] = {arm: {} if settings is None else settings for arm, settings in values["arms"].items()}
-        for name, settings in (("ppo", values["ppo"]), *((f"arms.{arm}", own) for arm, own in values["arms"].items())):
+        for name, settings in _run_settings(values["ppo"], values["arms"]).items():
             if not isinstance(settings, dict):
                 raise ValueError(f"{source}: {name}: expected settings of a run, 'name: value', found {settings!r:.60}")
         study = cls(**values)
@@ -241,10 +241,10 @@ class Study:
         for setting in ("policy", "reward", "prompts", "max_new_tokens", "seed"):
             if setting not in self.ppo:
                 raise ValueError(f"{source}: ppo: lacks {setting!r}; every run needs it")
-        for setting in ("output", "resume", "config"):
-            if any(setting in settings for settings in (self.ppo, *self.arms.values())):
-                raise ValueError(f"{source}: {setting!r} is set by the study; leave it out")
-        for name, settings in (("ppo", self.ppo), *((f"arms.{arm}", settings) for arm, settings in self.arms.items())):
+        for name, settings in _run_settings(self.ppo, self.arms).items():
+            for setting in ("output", "resume", "config"):
+                if setting in settings:
+                    raise ValueError(f"{source}: {name}: {setting!r} is set by the study; leave it out")
             if "kl_coef" in settings and settings.get("reference_kind") != "none":
                 raise ValueError(f"{source}: {name}: 'kl_coef' is set by the study, from kl_coefs; leave it out")
         for case in self.cases():  # every placeholder, before anything is made
@@ -303,6 +303,11 @@ def _checked(section: type, settings: Any, source: str) -> dict[str, Any]:
             if str(f.type).startswith(meant) and not isinstance(settings[name], kind):
                 raise ValueError(f"{source}: {name}: expected a {kind.__name__}, found {settings[name]!r:.60}")
     return dict(settings)
+
+
+def _run_settings(ppo: Any, arms: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections that hold settings of runs, by what they are called in the file."""
+    return {"ppo": ppo} | {f"arms.{arm}": settings for arm, settings in arms.items()}
 
 
 def _require_whole(name: str, value: Any, *, least: int) -> None:
