@@ -80,8 +80,8 @@ def kl_matrix(
     that are done, written after each; with ``resume``, continued where it exists. Where a launcher has started several
     processes, all of them must call: they share the rows.
 
-    Raises ValueError when vocabularies differ, when there are fewer than two models or no prompts, or when ``save``
-    holds another computation; FileExistsError when ``save`` exists and ``resume`` is not set.
+    Raises ValueError when vocabularies differ, when there are fewer than two models or no prompts, when ``temperature``
+    is not positive, or when ``save`` holds another computation; FileExistsError when ``save`` exists and ``resume`` is not set.
 
         distances = kl_matrix(["sft1", "sft2", "soup"], prompts, tokenizer, max_new_tokens=48)
         distances["sft1", "soup"].mean
@@ -130,6 +130,8 @@ class Samples:
             raise ValueError("prompts: none given; give at least one prompt")
         if self.num_responses < 1:
             raise ValueError(f"num_responses={self.num_responses}: must be at least 1")
+        if not 0 < self.temperature < math.inf:  # the likeliest response alone is no sample of the model
+            raise ValueError(f"temperature={self.temperature}: must be finite and greater than 0")
 
     def draw(self, model: PreTrainedModel) -> Rollout:
         """The model's responses, those to one prompt side by side. → P·R rows"""

@@ -11,11 +11,12 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
-import yaml
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from rlhf import processor
+from soupkit.errors import MergeError
+from soupkit.recipe_forms import parse_yaml
 
 Config = TypeVar("Config")
 
@@ -37,9 +38,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such configuration file")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        values = parse_yaml(Path(path).read_text(encoding="utf-8")) or {}
+    except MergeError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected 'name: value' lines, found {type(values).__name__}")
     return values

@@ -211,5 +211,6 @@ def test_bad_input_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             kl_matrix(models, given, make_tokenizer(SPECIAL), max_new_tokens=2, progress=False)
-    with pytest.raises(ValueError, match="num_responses=0"):
-        kl_matrix({**one, "b": llama(2)}, prompts, make_tokenizer(SPECIAL), max_new_tokens=2, num_responses=0)
+    for name, value in (("num_responses", 0), ("temperature", 0.0), ("temperature", math.inf)):
+        with pytest.raises(ValueError, match=f"{name}={value}"):
+            kl_matrix({**one, "b": llama(2)}, prompts, make_tokenizer(SPECIAL), max_new_tokens=2, **{name: value})

@@ -152,8 +152,9 @@ def test_settings_out_of_range_are_named(flags: list[str], message: str) -> None
         ("updates: 0", "updates=0: must be greater than 0"),
         ("- updates", r"run\.yaml: expected 'name: value' lines, found list"),
         ("just text", r"run\.yaml: expected 'name: value' lines, found str"),
-        ("a: [1, 2", r"run\.yaml:.*not YAML"),
-        ("{", r"run\.yaml:.*not YAML"),
+        ("a: [1, 2", r"run\.yaml: not valid YAML"),
+        ("{", r"run\.yaml: not valid YAML"),
+        ("updates: 1\nseed: 2\nupdates: 3", r"run\.yaml: key 'updates' occurs twice: keep one"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:

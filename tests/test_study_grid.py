@@ -445,7 +445,8 @@ def test_the_project_s_own_studies_are_valid() -> None:
     assert settings["reference"] == [f"{folder}/far1", f"{folder}/far2"]
     assert settings["policy"] == f"{folder}/far1"
     assert (settings["seed"], settings["kl_coef"]) == ("2", 0.4)
-    assert len(list(Study.read(ROOT / "study" / "smollm2.yaml").cases())) == 2 * 2 * 3
+    for name in ("smollm2.yaml", "smollm2-gpu.yaml"):
+        assert len(list(Study.read(ROOT / "study" / name).cases())) == 2 * 2 * 3
 
 
 def test_versions_depend_on_settings_and_not_on_places(config: Settings, tmp_path: Path) -> None:
