@@ -81,7 +81,8 @@ def kl_matrix(
     processes, all of them must call: they share the rows.
 
     Raises ValueError when vocabularies differ, when there are fewer than two models or no prompts, when ``temperature``
-    is not positive, or when ``save`` holds another computation; FileExistsError when ``save`` exists and ``resume`` is not set.
+    is not positive, or when ``save`` holds another computation; FileExistsError when ``save`` exists and ``resume`` is
+    not set.
 
         distances = kl_matrix(["sft1", "sft2", "soup"], prompts, tokenizer, max_new_tokens=48)
         distances["sft1", "soup"].mean
