@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import norm, t
+from scipy.stats import norm, t, ttest_1samp
 from study_tables import reviews_study
 
 from analysis.bootstrap import bootstrap_mean
@@ -96,11 +96,24 @@ def test_p_is_near_that_of_a_t_test_and_never_below_what_resamples_tell() -> Non
         expected = 2 * t.sf(mean / (normal.std(ddof=1) / math.sqrt(30)), 29)
         assert p_value(normal + mean) == pytest.approx(expected, rel=0.2, abs=5e-4)
     assert p_value(np.array([1.0, 2, 3]), 2.0) == 1
-    # No resample reaches the threshold: one of all for eight draws, 3⁻³ of all for three.
-    for n, share in ((8, 1 / TEST_RESAMPLES), (3, 1 / 27)):
+    # No resample reaches the threshold: one of all for eight draws, 5⁻⁵ of all for five.
+    for n, share in ((8, 1 / TEST_RESAMPLES), (5, 5**-5)):
         expected = 2 * t.sf(-norm.ppf(share) / math.sqrt(n / (n - 1)), n - 1)
         assert p_value(np.arange(n) + 100.0) == pytest.approx(expected)
     assert p_value(np.arange(8) + 100.0) == pytest.approx(0.0036, abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_of_few_draws_interval_and_p_are_student_s(n: int) -> None:
+    """Resamples of two draws go from the least to the most, which hold the mean one time in two."""
+    few = VALUES[:n]
+    by_scipy = ttest_1samp(few, 0.1)
+    found = effect(np.append(few, NAN), 0.9).interval
+    assert found.estimate == pytest.approx(few.mean())
+    assert found[1:] == pytest.approx(tuple(by_scipy.confidence_interval(0.9)))
+    assert p_value(few, 0.1) == pytest.approx(by_scipy.pvalue)
+    assert p_value(-few, -0.1) == pytest.approx(by_scipy.pvalue)
+    assert p_value(np.full(n, 2.0), 1.0) == 0
 
 
 def test_holm_by_hand() -> None:

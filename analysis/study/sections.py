@@ -72,7 +72,7 @@ def _claims(study: Study, tables: Tables) -> Section:
         f"{draws}.{state} The interval is the 95 % one of each statement alone. The verdict is by p after Holm's "
         "correction for all, two-sided at 5 %: *supported* or *reversed* where the interval of that "
         f"confidence lies wholly on one side of the bound, *{NOT_SUPPORTED}* where it holds it. p is what inverts the "
-        "interval, and never below what resamples can tell."
+        "interval, and never below what resamples can tell. Of fewer than five draws both are Student's."
     )
     rows = [
         [
