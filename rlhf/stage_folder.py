@@ -93,7 +93,10 @@ class StageFolder:
         changed = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
         if changed:
             found = ", ".join(f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in changed)
-            raise ValueError(f"{self.path}: was started with other settings ({found}); resume with the same ones")
+            raise ValueError(
+                f"{self.path}: was started with other settings ({found}); resume with the same ones, "
+                "or remove the folder to start anew"
+            )
 
     @property
     def model_path(self) -> Path:
