@@ -162,6 +162,24 @@ def test_nothing_is_extrapolated_and_no_point_may_lack() -> None:
     assert np.isnan(found.at_equal_kl("none", "kl/base")).all()
 
 
+def test_what_arms_reached_is_a_frontier_of_draws() -> None:
+    rows = runs("single", 1, SINGLE) + runs("soup 2", 1, SOUP) + runs("single", 2, shifted(SINGLE, 10))
+    found = outcomes_of(rows + runs("soup 2", 2, shifted(SOUP, 20)))
+    frontier = found.reached(["soup 2", "single"], "kl/base")
+    assert (frontier.names, frontier.x, frontier.y) == (["soup 2", "single"], "kl/base", "gold_reward")
+    soup, single = frontier.points("soup 2"), frontier.points("single")
+    assert single.kl_coef.tolist() == [0.02, 0.1, 0.4, math.inf]
+    assert single.update.tolist() == [50, 50, 50, 0]
+    assert single.kl.tolist() == [[9, 4, 1, 0]] * 2
+    assert single.reward.tolist() == [[5, 4, 2, 1], [15, 14, 12, 1]]
+    assert soup.kl.tolist() == [[16, 6.25, 2.25, 0]] * 2
+    assert soup.reward.tolist() == [[0, 6, 3, 1], [20, 26, 23, 1]]
+    assert frontier.seeds("single") == [1, 2]
+    for arm in ("none", "soup 3"):
+        with pytest.raises(ValueError, match=f"arm '{arm}': not every draw"):
+            found.reached(["single", arm], "kl/base")
+
+
 def test_held_out_reads_reward_and_kl_there() -> None:
     both = [
         {**inside, **outside}

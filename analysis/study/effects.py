@@ -15,16 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from analysis.frontier import interpolate_at_kl
-from analysis.run_frontier import hypervolume
+from analysis.run_frontier import RewardKLFrontier, hypervolume
 from analysis.study.config import START, Study
 from analysis.study.inference import Effect, effect
 from analysis.study.references import measured_model, reference_weights
 from analysis.study.store import MODELS, PREDICTIONS, RUNS, TIMINGS, Row, by_draw, read_table
+from rlhf.config import PPOConfig
 
 GOLD = "gold_reward"
 OWN_AXIS = "kl/reference"  # KL to the reference that the run itself was penalised by
@@ -123,6 +124,37 @@ class Outcomes:
             for measure in (axis, reward)
         )
         return Curve(coefficients, kl, rewards, self._start_kl(arm, axis), self.model(START, reward))
+
+    def reached(self, arms: Sequence[str], axis: str, reward: str = GOLD) -> RewardKLFrontier:
+        """What arms reached with each coefficient, a draw being a seed, and their start, at coefficient ∞.
+
+        Nothing is known of a single number's error. Raises ValueError for an arm without coefficients, or whose runs
+        are not all done.
+        """
+        columns: dict[str, list[Any]] = {name: [] for name in ("group", "seed", "kl_coef", "kl", "reward")}
+        for group, arm in enumerate(arms):
+            curve = self.curve(arm, axis, reward)
+            kl, rewards = curve.points()
+            if not curve.kl_coefs or not np.isfinite([kl, rewards]).all():
+                raise ValueError(f"arm {arm!r}: not every draw has a run with every coefficient on the axis {axis!r}")
+            coefficients = [*([] if curve.start_kl is None else [math.inf]), *curve.kl_coefs]
+            columns["group"] += [group] * kl.size
+            columns["seed"] += list(np.repeat(self.study.draws, len(coefficients)))
+            columns["kl_coef"] += coefficients * len(kl)
+            columns["kl"] += list(kl.ravel())
+            columns["reward"] += list(rewards.ravel())
+        known = {name: np.array(values) for name, values in columns.items()}
+        unknown = np.full(len(known["kl"]), np.nan)
+        return RewardKLFrontier(
+            names=list(arms),
+            x=axis,
+            y=reward,
+            **known,
+            update=np.where(np.isinf(known["kl_coef"]), 0, self.study.ppo.get("updates", PPOConfig.updates)),
+            kl_stderr=unknown,
+            reward_stderr=unknown,
+            metadata={"regime": self.regime, "prompts": self.prefix},
+        )
 
     def equal_kl(self, axis: str, arm: str | None = None) -> np.ndarray:
         """The KL to read rewards at: what the baseline, or an arm, reached at the coefficient of the comparison. [D]

@@ -386,6 +386,7 @@ def _predictions(study: Study, tables: Tables) -> Section | None:
 def _models(study: Study, tables: Tables) -> Section | None:
     axis_model = study.compare.axis.removeprefix("kl/")
     axes = list(dict.fromkeys([study.compare.axis, study.compare.moved]))
+    with_loss = study.measure.loss is not None
     rows = []
     for number, (name, regime) in enumerate(study.regimes.items()):
         view, changed = Outcomes(study, tables, name), set(regime.models)
@@ -398,18 +399,22 @@ def _models(study: Study, tables: Tables) -> Section | None:
             gold = effect(view.model(model, GOLD))
             if not (gold.used or less.used):
                 continue
-            cells = [_mean(effect(loss)), NONE if model == axis_model else _mean(less), below]
+            cells = [_mean(effect(loss)), NONE if model == axis_model else _mean(less), below] if with_loss else []
             cells += [_mean(gold), _mean(effect(_held_out(view).model(model, GOLD)))]
             rows.append([name, model, *cells, *(_mean(effect(view.model(model, axis))) for axis in axes)])
     if not rows:
         return None
-    intro = (
-        "The models before any PPO: mean ± standard error over draws. Loss is that of held-out demonstrations; a "
-        f"model whose loss is not below {axis_model}'s is overfitted, and a soup of such models repairs that. A "
-        "regime lists the models that differ from the first's."
+    about_loss = (
+        f"Loss is that of held-out demonstrations; a model whose loss is not below {axis_model}'s is overfitted, and a "
+        "soup of such models repairs that. "
     )
-    header = ["regime", "model", "loss (nats a token)", f"less {axis_model}'s", "draws below", "gold", "gold, held-out"]
-    header += [f"{_kl_name(axis)} (nats)" for axis in axes]
+    intro = (
+        f"The models before any PPO: mean ± standard error over draws. {about_loss if with_loss else ''}A regime lists "
+        "the models that differ from the first's."
+    )
+    header = ["regime", "model"]
+    header += ["loss (nats a token)", f"less {axis_model}'s", "draws below"] if with_loss else []
+    header += ["gold", "gold, held-out"] + [f"{_kl_name(axis)} (nats)" for axis in axes]
     return Section("The models", [intro, Table("", header, rows, num_left=2)])
 
 
