@@ -212,7 +212,7 @@ def test_the_updates_are_metered_apart_from_what_comes_before_and_after(tmp_path
     In a process of its own: what other tests left in memory, or leave running, would be metered too.
     """
     command = [sys.executable, "-c", METERED, str(ROOT / "benchmarks"), str(tmp_path / "timings.jsonl")]
-    record = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    record = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=120).stdout)
     first, second = record["updates"]
     assert first["seconds"] == 3.0
     assert 0.3 < second["cpu_seconds"] < 0.6

@@ -114,6 +114,7 @@ def test_of_few_draws_interval_and_p_are_student_s(n: int) -> None:
     assert p_value(few, 0.1) == pytest.approx(by_scipy.pvalue)
     assert p_value(-few, -0.1) == pytest.approx(by_scipy.pvalue)
     assert p_value(np.full(n, 2.0), 1.0) == 0
+    assert effect(VALUES[:5]).interval == bootstrap_mean(VALUES[:5], num_resamples=20_000, method="expanded")
 
 
 def test_holm_by_hand() -> None:
@@ -175,9 +176,16 @@ def test_what_arms_reached_is_a_frontier_of_draws() -> None:
     assert soup.kl.tolist() == [[16, 6.25, 2.25, 0]] * 2
     assert soup.reward.tolist() == [[0, 6, 3, 1], [20, 26, 23, 1]]
     assert frontier.seeds("single") == [1, 2]
-    for arm in ("none", "soup 3"):
-        with pytest.raises(ValueError, match=f"arm '{arm}': not every draw"):
-            found.reached(["single", arm], "kl/base")
+    for arms, axis, message in (
+        (["single", "none"], "kl/base", r"arm 'none': none of regime 'A' with coefficients; choose from \['single', "),
+        (["other"], "kl/base", "arm 'other': none of regime 'A'"),
+        (["soup 3"], "kl/base", r"draw 1, soup 3, β = 0.02 .*: kl/base and gold_reward are"),
+        (["single"], "kl/other", r"draw 1, single, β = inf .*: kl/other and gold_reward are"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            found.reached(arms, axis)
+    (own,) = {tuple(row) for row in found.reached(["single"], "kl/reference").points("single").kl.tolist()}
+    assert own == (9, 4, 1, 0)
 
 
 def test_held_out_reads_reward_and_kl_there() -> None:

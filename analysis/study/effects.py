@@ -128,29 +128,37 @@ class Outcomes:
     def reached(self, arms: Sequence[str], axis: str, reward: str = GOLD) -> RewardKLFrontier:
         """What arms reached with each coefficient, a draw being a seed, and their start, at coefficient ∞.
 
-        Nothing is known of a single number's error. Raises ValueError for an arm without coefficients, or whose runs
-        are not all done.
+        Nothing is known of a single number's error; intervals of the frontier's own methods are bootstraps, too short
+        for few draws. Raises ValueError for an arm that is none of the regime's, has none, or lacks numbers.
         """
-        columns: dict[str, list[Any]] = {name: [] for name in ("group", "seed", "kl_coef", "kl", "reward")}
+        columns: dict[str, list[Any]] = {name: [] for name in ("group", "seed", "kl_coef", "update", "kl", "reward")}
         for group, arm in enumerate(arms):
+            if arm not in self.arms() or not self.coefficients(arm):
+                known = [name for name in self.arms() if self.coefficients(name)]
+                raise ValueError(f"arm {arm!r}: none of regime {self.regime!r} with coefficients; choose from {known}")
             curve = self.curve(arm, axis, reward)
             kl, rewards = curve.points()
-            if not curve.kl_coefs or not np.isfinite([kl, rewards]).all():
-                raise ValueError(f"arm {arm!r}: not every draw has a run with every coefficient on the axis {axis!r}")
             coefficients = [*([] if curve.start_kl is None else [math.inf]), *curve.kl_coefs]
+            for draw, *numbers in zip(self.study.draws, kl, rewards, strict=True):
+                for coefficient, *pair in zip(coefficients, *numbers, strict=True):
+                    if not np.isfinite(pair).all():
+                        raise ValueError(
+                            f"draw {draw}, {arm}, β = {coefficient:g} (inf: the start): {axis} and {reward} are "
+                            f"{pair}; do its run first, or read measures that there are"
+                        )
+            updates = {**self.study.ppo, **self.study.arms[arm]}.get("updates", PPOConfig.updates)
             columns["group"] += [group] * kl.size
+            columns["update"] += [0 if math.isinf(coefficient) else updates for coefficient in coefficients] * len(kl)
             columns["seed"] += list(np.repeat(self.study.draws, len(coefficients)))
             columns["kl_coef"] += coefficients * len(kl)
             columns["kl"] += list(kl.ravel())
             columns["reward"] += list(rewards.ravel())
-        known = {name: np.array(values) for name, values in columns.items()}
-        unknown = np.full(len(known["kl"]), np.nan)
+        unknown = np.full(len(columns["kl"]), np.nan)
         return RewardKLFrontier(
             names=list(arms),
             x=axis,
             y=reward,
-            **known,
-            update=np.where(np.isinf(known["kl_coef"]), 0, self.study.ppo.get("updates", PPOConfig.updates)),
+            **{name: np.array(values) for name, values in columns.items()},
             kl_stderr=unknown,
             reward_stderr=unknown,
             metadata={"regime": self.regime, "prompts": self.prefix},

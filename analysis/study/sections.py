@@ -27,7 +27,7 @@ from analysis.study.effects import (
     less_at_equal_kl,
     overoptimisation,
 )
-from analysis.study.inference import Effect, effect
+from analysis.study.inference import FEWEST_RESAMPLED, Effect, effect
 from analysis.study.questions import NOT_SUPPORTED, Claim, Foretold, claims, foretold, mixing
 from analysis.study.references import mixing_weights
 from analysis.study.store import HELD_OUT
@@ -72,8 +72,10 @@ def _claims(study: Study, tables: Tables) -> Section:
         f"{draws}.{state} The interval is the 95 % one of each statement alone. The verdict is by p after Holm's "
         "correction for all, two-sided at 5 %: *supported* or *reversed* where the interval of that "
         f"confidence lies wholly on one side of the bound, *{NOT_SUPPORTED}* where it holds it. p is what inverts the "
-        "interval, and never below what resamples can tell. Of fewer than five draws both are Student's."
+        "interval, and never below what resamples can tell."
     )
+    if any(1 < claim.effect.used < FEWEST_RESAMPLED for claim in found):
+        intro += f" With fewer than {FEWEST_RESAMPLED} draws, interval and p are those of Student's t test."
     rows = [
         [
             claim.statement,
