@@ -25,6 +25,11 @@ from rlhf.reviews import ReviewsTask, task
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MEASURING = (ROOT / "docs" / "analysis.md").read_text(encoding="utf-8")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PAGES = [
+    *NOTEBOOKS,
+    *(page for part in (".", "docs", "study", "recipes", "benchmarks") for page in sorted((ROOT / part).glob("*.md"))),
+]
+PAGES += sorted((ROOT / "study").glob("*/README.md"))
 
 TINY_STAGE = ["--epochs", "0.5", "--batch_size", "8"]
 TINY_PPO = shlex.split(
@@ -63,6 +68,9 @@ TINY_NOTEBOOKS = {
     "03_kl_geometry": "EPISODES, UPDATES, STEPS, SEED = 72, 2, 3, 0",
     "04_choose_a_reference": "SAMPLES, MATCHED, DRAW, SEED, STUDY = 64, (0.05,), 1, 0, "
     f"{str(ROOT / 'study' / 'reviews.yaml')!r}",
+    # reads what is stored and nothing else
+    "04_choose_a_reference_smollm2": "SAMPLES, PROMPTS, DRAW, SEED, STUDY = None, None, 1, 0, "
+    f"{str(ROOT / 'study' / 'smollm2.yaml')!r}",
 }
 
 
@@ -151,11 +159,28 @@ def test_every_snippet_of_the_page_on_measuring_runs(workspace: Path, cached: Re
         assert main(command) == 0, command
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "analysis.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix().replace("/", "-"))
 def test_links_lead_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
-    assert links
-    assert not [link for link in links if not (page.parent / link).exists()]
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        text = "\n".join(
+            cell.source for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "markdown"
+        )
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]+))?\)", text)
+    assert links or page != ROOT / "README.md"
+    for path, anchor in links:
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M)
+            assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_the_page_of_the_study_on_smollm2_is_what_its_results_give(workspace: Path) -> None:
+    page = Path("study", "smollm2", "README.md")
+    page.unlink()
+    assert run_command(analysis.study.__main__.main, ["--config", "study/smollm2.yaml", "--report"]) == 0
+    assert page.read_text(encoding="utf-8") == (ROOT / page).read_text(encoding="utf-8")
 
 
 def test_the_readme_names_every_module() -> None:
