@@ -129,37 +129,39 @@ class Outcomes:
         """What arms reached with each coefficient, a draw being a seed, and their start, at coefficient ∞.
 
         Nothing is known of a single number's error; intervals of the frontier's own methods are bootstraps, too short
-        for few draws. Raises ValueError for an arm that is none of the regime's, has none, or lacks numbers.
+        for few draws. Raises ValueError for an arm that is none of the regime's with coefficients, or lacks a number.
         """
-        columns: dict[str, list[Any]] = {name: [] for name in ("group", "seed", "kl_coef", "update", "kl", "reward")}
+        rows: list[tuple[Any, ...]] = []
         for group, arm in enumerate(arms):
             if arm not in self.arms() or not self.coefficients(arm):
                 known = [name for name in self.arms() if self.coefficients(name)]
                 raise ValueError(f"arm {arm!r}: none of regime {self.regime!r} with coefficients; choose from {known}")
+            updates = {**self.study.ppo, **self.study.arms[arm]}.get("updates", PPOConfig.updates)
             curve = self.curve(arm, axis, reward)
-            kl, rewards = curve.points()
-            coefficients = [*([] if curve.start_kl is None else [math.inf]), *curve.kl_coefs]
-            for draw, *numbers in zip(self.study.draws, kl, rewards, strict=True):
-                for coefficient, *pair in zip(coefficients, *numbers, strict=True):
+            settings = [(kl_coef, updates) for kl_coef in curve.kl_coefs]
+            if curve.start_kl is not None:
+                settings = [(math.inf, 0), *settings]
+            for draw, *of_draw in zip(self.study.draws, *curve.points(), strict=True):
+                for setting, *pair in zip(settings, *of_draw, strict=True):
                     if not np.isfinite(pair).all():
                         raise ValueError(
-                            f"draw {draw}, {arm}, β = {coefficient:g} (inf: the start): {axis} and {reward} are "
+                            f"draw {draw}, {arm}, β = {setting[0]:g} (inf: the start): {axis} and {reward} are "
                             f"{pair}; do its run first, or read measures that there are"
                         )
-            updates = {**self.study.ppo, **self.study.arms[arm]}.get("updates", PPOConfig.updates)
-            columns["group"] += [group] * kl.size
-            columns["update"] += [0 if math.isinf(coefficient) else updates for coefficient in coefficients] * len(kl)
-            columns["seed"] += list(np.repeat(self.study.draws, len(coefficients)))
-            columns["kl_coef"] += coefficients * len(kl)
-            columns["kl"] += list(kl.ravel())
-            columns["reward"] += list(rewards.ravel())
-        unknown = np.full(len(columns["kl"]), np.nan)
+                    rows.append((group, draw, *setting, *pair))
+        groups, draws, kl_coefs, at_updates, kls, rewards = (np.array(column) for column in zip(*rows, strict=True))
+        unknown = np.full(len(rows), np.nan)
         return RewardKLFrontier(
             names=list(arms),
             x=axis,
             y=reward,
-            **{name: np.array(values) for name, values in columns.items()},
+            group=groups,
+            seed=draws,
+            kl_coef=kl_coefs,
+            update=at_updates,
+            kl=kls,
             kl_stderr=unknown,
+            reward=rewards,
             reward_stderr=unknown,
             metadata={"regime": self.regime, "prompts": self.prefix},
         )
